@@ -5,18 +5,13 @@
 # ///
 """Process a file of LLM API requests in parallel, as fast as your rate limits allow.
 
-Why: one request at a time takes days, a plain parallel loop is refused half of the time, and a crash loses what was paid for. This program
-reads requests lazily from a JSONL file, paces them under your requests-per-minute and tokens-per-minute limits (and under what the server
-really enforces), retries what failed, and leaves exactly one result line per request, whatever happens on the way.
-
     export OPENAI_API_KEY=...
     python api_request_parallel_processor.py --requests_filepath requests/openai_chat.jsonl --max_requests_per_minute 500
 
-One line in: the body to send, with an optional "metadata" that is not sent:
+One line in: the body to send, with an optional "metadata" that is not sent. One line out, success or failure:
     {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "What is 2+3?"}], "metadata": {"id": 7}}
-One line out, success and failure:
-    [{"model": ..., "messages": ...}, {"id": "chatcmpl-...", "choices": ...}, {"id": 7}]
-    [{"model": ..., "messages": ...}, [{"attempt": 1, "kind": "server_error", "status": 500, "message": "..."}], {"id": 7}]
+    [{"model": ..., "messages": ...}, {"id": "chatcmpl-1", "choices": ...}, {"id": 7}]
+    [{"model": ..., "messages": ...}, [{"attempt": 1, "kind": "server_error", "status": 500, ...}], {"id": 7}]
 
 Every request passes seven stations, and so does the reader of this file:
     the loop      takes every request from its line to its result line
@@ -30,13 +25,10 @@ Every request passes seven stations, and so does the reader of this file:
     command line  flags, checks before the first request, signals
     tables        shapes of requests and replies, providers
 
-Start again with the same files to continue: the results file is the checkpoint. Ctrl-C finishes what is in flight, a second one stops at once.
-Exit codes: 0 all succeeded; 1 finished, some failed; 2 wrong usage or files; 3 stopped early (the reason is printed), the rest untouched;
-129, 130, 143 interrupted by SIGHUP, SIGINT, SIGTERM.
-Where to edit what: a provider is a row of PROVIDERS; what is retried stands in station 5; what a request costs in station 2; a flag and its
-default are a field of Settings.
-
-Stable for programs that import this file: the names in __all__ and the two file formats. Everything else may change; send a test case.
+Start again with the same files to continue: the results file is the checkpoint. Ctrl-C finishes what is in flight, a
+second one stops at once. Exit codes: 0 all succeeded; 1 some failed; 2 wrong usage or files; 3 stopped early, the rest
+untouched; 129, 130, 143 interrupted. To add a provider, add a row to PROVIDERS; what is retried stands in station 5, a
+flag and its default in Settings. For programs that import this file, __all__ and the two file formats stay as they are.
 """
 
 from __future__ import annotations
@@ -65,6 +57,7 @@ import re
 import shutil
 import signal
 import ssl
+import stat
 import sys
 import tempfile
 import threading
@@ -72,7 +65,7 @@ import time
 import urllib.request
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -80,11 +73,10 @@ from enum import Enum
 from fnmatch import fnmatchcase
 from functools import partial
 from html import unescape
-from http import HTTPStatus
-from itertools import count
+from itertools import chain, count, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 import aiohttp
@@ -93,6 +85,10 @@ try:
     import orjson
 except ImportError:
     orjson = None  # type: ignore[assignment]
+try:
+    import uvloop
+except ImportError:
+    uvloop = None
 
 __version__ = "0.1.0"
 __all__ = ["Settings", "Tally", "UsageError", "process_api_requests_from_file"]
@@ -105,58 +101,63 @@ class UsageError(Exception):
     """Wrong flags or files; nothing was touched. The text says what to do."""
 
 
-def option(default: Any, station: str, text: str, **more: Any) -> Any:
-    """One setting: its default, the station it belongs to and its help, for Settings and the command line alike."""
-    return field(default=default, metadata={"station": station, "help": text, **more})
+def option(station: str, default: Any, text: str, choices: Callable[[], Iterable[str]] = list) -> Any:
+    """One setting: its station, default and help, for Settings and the command line alike."""
+    return field(default=default, metadata={"station": station, "help": text, "choices": choices})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """Every knob of a run; the fields are the flags of the command line."""
 
-    requests_filepath: str = option(MISSING, "read", "JSONL file of requests; - reads standard input")
-    save_filepath: str = option("", "record", "results; default: .jsonl of the request file replaced by _results.jsonl")
-    request_url: str = option("https://api.openai.com/v1/chat/completions", "send", "the endpoint")
-    api_key: str = option("", "send", "the key; other users of this machine can see it here: better --api_key_env")
-    api_key_env: str = option("", "send", "environment variable with the key; default: the provider's usual one")
-    provider: str = option("auto", "send", "whose rules apply", choices=lambda: ["auto", *PROVIDERS])
-    request_header: tuple[str, ...] = option((), "send", "'Name: value' to send along; repeatable", action="append")
-    request_timeout: float = option(600.0, "send", "seconds for one attempt")
-    max_reply_megabytes: float = option(256.0, "send", "largest reply, after decompression")
-    allow_plain_http: bool = option(default=False, station="send", text="send a key over http to a public address")
-    max_requests_per_minute: float = option(1500.0, "pace", "ceiling on requests started in any minute; 0 = find out")
-    max_tokens_per_minute: float = option(125000.0, "pace", "ceiling on their tokens; 0 = find out")
-    seconds_to_sleep_each_loop: float = option(0.0, "pace", "shortest time between two request starts, in seconds")
-    max_concurrent_requests: int = option(0, "pace", "requests in flight at once; 0 = as many as useful")
-    token_encoding_name: str = option("auto", "estimate", "auto = by model, else o200k_base; any tiktoken name")
-    max_attempts: int = option(5, "judge", "tries per request; refusals (rate limits) do not use them up")
-    give_up_minutes: float = option(30.0, "judge", "stop after that long without one success; 0 = never")
-    save_details: bool = option(default=False, station="record", text="add attempts, times and tokens to result lines")
-    restart: bool = option(default=False, station="record", text="start afresh; the old results file is kept, renamed")
-    limit: int = option(0, "read", "only the first N requests of the file: a smoke run")
-    dry_run: bool = option(default=False, station="read", text="read and count everything, send and write nothing")
-    progress: str = option(
-        "auto", "report", "bar on a terminal, lines otherwise", choices=lambda: ["auto", "bar", "lines", "none"]
-    )
-    logging_level: str = option("20", "report", "number or name: 10 DEBUG, 20 INFO, 30 WARNING, 40 ERROR")
-    input_price: float = option(0.0, "report", "price of a million input tokens")
-    output_price: float = option(0.0, "report", "price of a million output tokens")
-    max_cost: float = option(
-        0.0, "report", "stop before more than this is spent, in the unit of the prices; 0 = no limit"
-    )
+    requests_filepath: str = option("read", MISSING, "JSONL file of requests; - reads standard input")
+    limit: int = option("read", 0, "only the first N requests of the file: a smoke run")
+    dry_run: bool = option("read", default=False, text="read and count everything, send and write nothing")
+    token_encoding_name: str = option("estimate", "auto", "auto = by model, else o200k_base; any tiktoken name")
+    max_requests_per_minute: float = option("pace", 1500.0, "ceiling on requests started in any minute; 0 = find out")
+    max_tokens_per_minute: float = option("pace", 125000.0, "ceiling on their tokens; 0 = find out")
+    seconds_to_sleep_each_loop: float = option("pace", 0.0, "shortest time between two request starts, in seconds")
+    max_concurrent_requests: int = option("pace", 0, "requests in flight at once; 0 = as many as useful")
+    request_url: str = option("send", "https://api.openai.com/v1/chat/completions", "the endpoint")
+    provider: str = option("send", "auto", "whose rules apply", lambda: ("auto", *PROVIDERS))
+    api_key: str = option("send", "", "the key; other users of this machine can see it here: better --api_key_env")
+    api_key_env: str = option("send", "", "environment variable with the key; default: the provider's usual one")
+    request_header: tuple[str, ...] = option("send", (), "'Name: value' to send along; repeatable")
+    request_timeout: float = option("send", 600.0, "seconds for one attempt")
+    max_reply_megabytes: float = option("send", 256.0, "largest reply, after decompression")
+    allow_plain_http: bool = option("send", default=False, text="send a key over http to a public address")
+    max_attempts: int = option("judge", 5, "tries per request; refusals (rate limits) do not use them up")
+    give_up_minutes: float = option("judge", 30.0, "stop after that long without one success; 0 = never")
+    save_filepath: str = option("record", "", "results; default: .jsonl of the request file becomes _results.jsonl")
+    save_details: bool = option("record", default=False, text="add attempts, times and tokens to result lines")
+    restart: bool = option("record", default=False, text="start afresh; the old results file is kept, renamed")
+    progress: str = option("report", "auto", "bar or lines; auto = bar on a terminal", lambda: ("auto", *PROGRESS))
+    logging_level: str = option("report", "20", "number or name: 10 DEBUG, 20 INFO, 30 WARNING, 40 ERROR")
+    input_price: float = option("report", 0.0, "price of a million input tokens")
+    output_price: float = option("report", 0.0, "price of a million output tokens")
+    max_cost: float = option("report", 0.0, "stop before more is spent, in the unit of the prices; 0 = no limit")
 
     def check(self) -> None:
         """Refuse values that mean nothing."""
+        above_0 = ("max_attempts", "request_timeout", "max_reply_megabytes")
         for knob in fields(self):
-            value = getattr(self, knob.name)
-            if isinstance(value, int | float) and not 0 <= value < math.inf:
-                raise UsageError(f"--{knob.name} {value} makes no sense; it is a number from 0 up")
-        if self.max_attempts < 1 or self.request_timeout <= 0 or self.max_reply_megabytes <= 0:
-            raise UsageError("--max_attempts, --request_timeout and --max_reply_megabytes must be above 0")
+            value, choices = getattr(self, knob.name), tuple(knob.metadata["choices"]())
+            number = isinstance(value, int | float)
+            if (number and not 0 <= value < math.inf) or (knob.name in above_0 and not value):
+                raise UsageError(
+                    f"--{knob.name} {value} makes no sense: give a number from 0 up, or above 0 if it must be"
+                )
+            if choices and value not in choices:
+                raise UsageError(f"--{knob.name} {value!r} is none of {', '.join(choices)}")
         if self.max_cost and not (self.input_price or self.output_price):
             raise UsageError("--max_cost needs --input_price and --output_price, in money per million tokens")
         if self.requests_filepath == "-" and not self.save_filepath and not self.dry_run:
             raise UsageError("requests come from standard input: say with --save_filepath where the results go")
+        if (
+            not (name := str(self.logging_level).strip().upper()).isdecimal()
+            and name not in logging.getLevelNamesMapping()
+        ):
+            raise UsageError(f"--logging_level {name} is unknown; use a number or DEBUG, INFO, WARNING, ERROR")
 
     @property
     def results_path(self) -> str:
@@ -168,17 +169,6 @@ class Settings:
         """The ceilings: requests and tokens per minute."""
         return self.max_requests_per_minute, self.max_tokens_per_minute
 
-    @property
-    def log_level(self) -> int:
-        """The logging level as a number."""
-        name = str(self.logging_level).strip().upper()
-        level = int(name) if name.isdecimal() else logging.getLevelNamesMapping().get(name)
-        if level is None:
-            raise UsageError(
-                f"--logging_level {self.logging_level} is none; use a number or DEBUG, INFO, WARNING, ERROR"
-            )
-        return level
-
     def price(self, prompt_tokens: float, output_tokens: float) -> float:
         """What tokens cost at the given prices."""
         return (prompt_tokens * self.input_price + output_tokens * self.output_price) / 1e6
@@ -186,39 +176,16 @@ class Settings:
 
 # ==== the loop ========================================================================================================
 
-STARTS_PER_TURN = 64  # then replies are looked at, however much may start
-LINES_PER_TURN = 1000  # finished lines skipped before replies are looked at
+STARTS_PER_TURN, LINES_PER_TURN = 64, 1000  # started, or skipped as finished, before replies are looked at
 HELD_FOR_RETRY = 2000  # reading pauses while more requests than this wait to be tried again
 SAME_FAILURES = 20  # first replies that are hopeless for one and the same reason: the file is wrong, not a line
-WRONG_URL = (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED)  # as the first reply of all
 ERRORS_KEPT = 50  # per request; only an outage makes more
 CHECK_SECONDS = 1.0  # between looks at the results file
 
 
 @dataclass(slots=True)
-class Request:
-    """One line of the request file on its way to its result line."""
-
-    line: int  # physical line number, from 1
-    body: Any  # what is sent, without metadata; the raw text of a line that cannot be sent
-    metadata: Any = None
-    identity: bytes = b""
-    problem: str = ""  # why it cannot be sent
-    model: str = ""
-    estimate: Estimate | None = None
-    cost: Cost = field(default_factory=lambda: Cost(0, 0))
-    price: float = 0.0  # of the expected cost
-    attempts: int = 0  # finished ones, without refusals
-    excused: int = 0  # attempts that fell into an outage: they do not count against --max_attempts
-    refusals: int = 0
-    errors: list[dict[str, Any]] = field(default_factory=list)
-    started_utc: float = 0.0  # first start
-    started: float = 0.0  # last start, on the loop's clock
-
-
-@dataclass(slots=True)
 class Run:
-    """All mutable state of a run; what has a station of its own keeps its state there."""
+    """All mutable state of a run (what has a station of its own keeps its state there), and the loop over it."""
 
     settings: Settings
     reader: Reader
@@ -244,269 +211,242 @@ class Run:
     signal: int = 0
     force: bool = False  # do not even wait for what is in flight
 
+    async def process_requests(self) -> None:
+        """Take every request from its line to its result line."""
+        clock = asyncio.get_running_loop().time
+        while not self.force:
+            now = clock()
+            while self.arrived:  # 5 judge, 6 record
+                self.settle(*self.arrived.popleft(), now)
+            wake_at = min(self.look_after(now), self.reporter.update(self, now))  # 7 report
+            for _ in range(STARTS_PER_TURN):
+                self.hand = self.hand or self.next_request(now)  # 1 read, 2 estimate
+                if self.hand is None or self.stopped_by:
+                    due = self.retries[0][0] if self.retries else math.inf
+                    wake_at = wake_at if self.stopped_by else min(wake_at, due, self.reader.due)
+                    break
+                endpoint, delay = self.choose_endpoint(self.hand, now)  # 3 pace
+                if delay > 0:
+                    wake_at = min(wake_at, now + delay)
+                    break
+                self.start(self.hand, endpoint, now)  # 4 send
+                self.hand, now = None, clock()
+            else:
+                wake_at = now  # more may start, but replies come first
+            self.flush()
+            if not self.in_flight and not self.arrived and (self.stopped_by or self.is_done()):
+                break
+            await self.wait(wake_at, now)
+
+    async def wait(self, until: float, now: float) -> None:
+        """Sleep until a reply, a line or a signal wakes the loop, at the latest `until`: the one place that waits."""
+        if until <= now:
+            await asyncio.sleep(0)
+            return
+        timer = asyncio.get_running_loop().call_at(until, self.wake.set) if until < math.inf else None
+        await self.wake.wait()
+        self.wake.clear()
+        if timer:
+            timer.cancel()
+
+    def next_request(self, now: float) -> Request | None:
+        """Take a retry that is due or a new line, in turns, so that neither crowds out the other; None: nothing yet."""
+        due = bool(self.retries) and self.retries[0][0] <= now
+        if due and not self.line_before_retry:
+            self.line_before_retry = True
+            return heapq.heappop(self.retries)[2]
+        self.line_before_retry = False
+        request = self.read_line(now) if len(self.retries) + len(self.limbo) < HELD_FOR_RETRY else None
+        return request or (heapq.heappop(self.retries)[2] if due else None)
+
+    def read_line(self, now: float) -> Request | None:
+        """Read up to the next line that is not finished yet; lines that cannot be sent are recorded on the way."""
+        for _ in range(LINES_PER_TURN):
+            request = self.reader.next(now)
+            if request is None:
+                return None
+            self.tally.read += 1
+            if self.results.take(request.identity):
+                self.tally.finished_before += 1
+            elif request.problem:
+                self.tally.bad_lines += 1
+                LOGGER.warning("%s", request.problem)
+                request.errors.append({"attempt": 0, "kind": "bad_line", "status": None, "message": request.problem})
+                self.record(request, request.errors)
+            else:
+                self.reader.estimate(request)
+                return request
+        self.reader.due = now
+        return None
+
+    def is_done(self) -> bool:
+        """Nothing is left to read or to retry; what ran out of attempts has failed then."""
+        if self.hand is not None or self.retries or not self.reader.ended:
+            return False
+        self.fail_limbo()
+        return True
+
+    def choose_endpoint(self, request: Request, now: float) -> tuple[Endpoint, float]:
+        """The endpoint that may start this request first, and in how many seconds."""
+        request.cost = cost = self.learned.cost(request.model, request.estimate or Estimate(0, 0))
+        request.price = self.settings.price(cost.prompt, cost.expected - cost.prompt)
+        spent, most = self.tally.spent, self.settings.max_cost
+        if most and spent + self.expected_spend + request.price > most:
+            if not self.in_flight:
+                self.stop("max_cost", f"Spent {spent:,.4f}, one more request may exceed --max_cost. Raise it to go on.")
+            return self.endpoints[0], math.inf
+        endpoint, delay = min(((e, e.pacer.delay(cost, now)) for e in self.endpoints), key=itemgetter(1))
+        return endpoint, self.outage.delay(now) if self.outage.down else delay
+
+    def start(self, request: Request, endpoint: Endpoint, now: float) -> None:
+        """Send one attempt, as a task that hands its reply to the loop."""
+
+        async def attempt() -> None:
+            reply = await endpoint.send(request.body)
+            self.arrived.append((request, endpoint, ticket, reply))
+            self.wake.set()
+
+        ticket = endpoint.pacer.start(request.cost, now)
+        request.started, request.started_utc = now, request.started_utc or time.time()
+        self.tally.calls += 1
+        self.expected_spend += request.price
+        self.outage.probed(now)
+        self.in_flight[request.line] = (request, asyncio.create_task(attempt()))
+
+    def settle(self, request: Request, endpoint: Endpoint, ticket: Ticket, reply: Reply, now: float) -> None:
+        """Apply what a reply means: to the pacing, to what is learned, to the request and to the run."""
+        del self.in_flight[request.line]
+        self.expected_spend -= request.price
+        verdict, usage = judge(reply, endpoint.provider, endpoint.shape), read_usage(reply.body, endpoint.shape)
+        action = verdict.action
+        outcome = Outcome[{"REFUSED": "REFUSED", "RETRY": "FAILED"}.get(action.name, "ACCEPTED")]
+        charged = usage.total if usage else 0 if action is Action.REFUSED or not reply.sent else None
+        endpoint.pacer.finish(ticket, outcome, now, charged, read_limits(reply, endpoint.provider, time.time()))
+        self.tally.count(self.settings, verdict, reply, usage)
+        if usage and request.estimate:
+            self.learned.learn(request.model, request.estimate, usage)
+        if reply.status and (reply.status < 500 or action is not Action.RETRY):  # a sign of life
+            if self.outage.ended():
+                LOGGER.warning("The provider answers again; going on.")
+            self.fail_limbo()
+        if action is Action.DONE:
+            self.trouble_since = math.inf
+            body = {"data": reply.body} if isinstance(reply.body, list) else reply.body
+            self.record(request, body, reply.details, usage)
+            return
+        self.trouble_since = min(self.trouble_since, now)
+        LOGGER.debug("line %d: %s %s", request.line, verdict.kind, verdict.message)
+        if action is Action.STOP:
+            self.stop("hopeless", f"{verdict.message}. {likely_mistake(endpoint, verdict, reply)}")
+            return
+        self.note_error(request, verdict, reply)
+        if action is Action.REFUSED:
+            heapq.heappush(self.retries, (now, request.line, request))
+        elif action is Action.RETRY:
+            self.try_again(request, verdict, reply, now)
+        else:
+            self.fail_at_once(request, endpoint, verdict, reply)
+
+    def note_error(self, request: Request, verdict: Verdict, reply: Reply) -> None:
+        """Add an attempt to the request's errors; of refusals only the last is listed."""
+        refused = verdict.action is Action.REFUSED
+        if refused:
+            request.errors = [error for error in request.errors if error["kind"] != verdict.kind]
+        request.refusals, request.attempts = request.refusals + refused, request.attempts + (not refused)
+        error = {"attempt": request.attempts + refused, "kind": verdict.kind, "status": reply.status or None}
+        error |= {"message": verdict.message, "response": reply.text or None if reply.body is None else reply.body}
+        request.errors.append(error)
+        del request.errors[1:-ERRORS_KEPT]
+
+    def try_again(self, request: Request, verdict: Verdict, reply: Reply, now: float) -> None:
+        """Back off after a passing failure. In an outage the attempt is excused, except for the last request left."""
+        if reply.hopeless and not self.tally.replies:
+            self.stop("hopeless", reply.hopeless)
+            return
+        others = len(self.in_flight) + len(self.retries) + len(self.limbo) + (self.hand is not None)
+        left = others + 1 if self.reader.ended else math.inf
+        if (not reply.status or reply.status >= 500) and left > 1:
+            if self.outage.failed(request.line, left if reply.status in (0, 503) else math.inf, now):
+                LOGGER.warning("The provider seems to be down: %s. The queue is kept, probes go on.", verdict.message)
+            if self.outage.down:
+                for excused in (request, *self.limbo):
+                    excused.excused += 1
+                    heapq.heappush(self.retries, (now, excused.line, excused))
+                self.limbo.clear()
+                return
+        tries = request.attempts - request.excused
+        if tries < self.settings.max_attempts:
+            heapq.heappush(self.retries, (now + retry_delay(tries, self.random), request.line, request))
+        elif left > 1:
+            self.limbo.append(request)
+        else:
+            self.record(request, request.errors)
+
+    def fail_at_once(self, request: Request, endpoint: Endpoint, verdict: Verdict, reply: Reply) -> None:
+        """Record a request that no retry can help, unless the first replies show that the requests are not to blame."""
+        mistake = likely_mistake(endpoint, verdict, reply)
+        if self.stopped_by == "hopeless":
+            return  # untouched: a later run asks again
+        if self.tally.replies == 1 and verdict.kind == "bad_request" and reply.status in (404, 405):
+            self.stop("hopeless", f"{verdict.message}. {mistake}")
+            return
+        self.record(request, request.errors)
+        if not self.tally.succeeded:
+            reason = f"{verdict.kind} {reply.status} {verdict.code or re.sub('[0-9]+', '', verdict.message)}"
+            self.first_failures[reason] += 1
+            if len(self.first_failures) == 1 and self.first_failures[reason] == SAME_FAILURES:
+                self.stop("hopeless", f"The first {SAME_FAILURES} replies all say: {verdict.message}. {mistake}")
+
+    def fail_limbo(self) -> None:
+        """No outage after all: what ran out of attempts has failed."""
+        for request in self.limbo:
+            self.record(request, request.errors)
+        self.limbo.clear()
+
+    def record(
+        self, request: Request, outcome: Any, extra: dict[str, Any] | None = None, usage: Usage | None = None
+    ) -> None:
+        """Queue the one result line of a request; a list as outcome is the list of its errors."""
+        failed = isinstance(outcome, list)
+        self.tally.failed += failed
+        details: dict[str, Any] = {}
+        if self.settings.save_details:
+            started = datetime.fromtimestamp(request.started_utc, UTC).isoformat(timespec="milliseconds")
+            sent = request.started_utc > 0
+            details = {"line": request.line, "attempts": request.attempts + (not failed), "refusals": request.refusals}
+            details |= {"started": started if sent else None, "estimated_tokens": request.cost.expected}
+            details |= {"seconds": round(time.time() - request.started_utc, 3) if sent else None}
+            details |= {"tokens": usage.total if usage else None}
+        self.results.write(request.body, outcome, request.metadata, details | (extra or {}) or None)
+
+    def look_after(self, now: float) -> float:
+        """End a run that cannot go on: a signal, no success for long, lost results. Gives when to look again."""
+        if self.signal and not self.stopped_by:
+            LOGGER.warning("%s: nothing new is started; once more stops at once.", signal.Signals(self.signal).name)
+            self.stop("signal", "")
+        give_up_at = self.trouble_since + (self.settings.give_up_minutes * 60 or math.inf)
+        if now >= give_up_at:
+            minutes, trouble = self.settings.give_up_minutes, self.tally.last_trouble
+            self.stop("given_up", f"No success for {minutes:g} minutes (--give_up_minutes); last trouble: {trouble}")
+        if now >= self.next_check:
+            self.next_check = now + CHECK_SECONDS
+            self.flush(check=True)
+        return self.next_check if self.stopped_by else min(self.next_check, give_up_at)
+
+    def flush(self, *, check: bool = False) -> None:
+        """Write the result lines of this turn; stop the run if they cannot be kept."""
+        try:
+            if check:
+                self.results.check()
+            self.results.flush()
+        except ResultsLost as lost:
+            self.stop("results", str(lost))
+            self.force = self.force or not check
+
     def stop(self, why: str, message: str) -> None:
         """Start nothing any more; the first reason counts."""
         if not self.stopped_by:
             self.stopped_by, self.tally.stop_reason = why, message
-
-
-async def process_requests(run: Run) -> None:
-    """Take every request from its line to its result line."""
-    clock = asyncio.get_running_loop().time
-    while not run.force:
-        now = clock()
-        while run.arrived:  # 5 judge, 6 record
-            settle(run, *run.arrived.popleft(), now)
-        wake_at = min(look_after(run, now), run.reporter.update(run, now))  # 7 report
-        for _ in range(STARTS_PER_TURN):
-            run.hand = run.hand or next_request(run, now)  # 1 read, 2 estimate
-            if run.hand is None or run.stopped_by:
-                due = run.retries[0][0] if run.retries else math.inf
-                wake_at = min(wake_at, due, run.reader.due) if not run.stopped_by else wake_at
-                break
-            endpoint, delay = choose_endpoint(run, run.hand, now)  # 3 pace
-            if delay > 0:
-                wake_at = min(wake_at, now + delay)
-                break
-            start(run, run.hand, endpoint, now)  # 4 send
-            run.hand, now = None, clock()
-        else:
-            wake_at = now  # more may start, but replies come first
-        flush(run)
-        if not run.in_flight and not run.arrived and (run.stopped_by or is_done(run)):
-            break
-        await wait(run, wake_at, now)
-
-
-async def wait(run: Run, until: float, now: float) -> None:
-    """Sleep until a reply, a line or a signal wakes the loop, at the latest `until`: the one place that waits."""
-    if until <= now:
-        await asyncio.sleep(0)
-        return
-    timer = asyncio.get_running_loop().call_at(until, run.wake.set) if until < math.inf else None
-    await run.wake.wait()
-    run.wake.clear()
-    if timer:
-        timer.cancel()
-
-
-def next_request(run: Run, now: float) -> Request | None:
-    """Take a retry that is due or a new line, in turns, so that neither crowds out the other; None if there is none."""
-    due = bool(run.retries) and run.retries[0][0] <= now
-    if due and not run.line_before_retry:
-        run.line_before_retry = True
-        return heapq.heappop(run.retries)[2]
-    run.line_before_retry = False
-    held = len(run.retries) + len(run.limbo)
-    request = read_new(run, now) if held < HELD_FOR_RETRY else None
-    return request or (heapq.heappop(run.retries)[2] if due else None)
-
-
-def read_new(run: Run, now: float) -> Request | None:
-    """Read up to the next line that is not finished yet; lines that cannot be sent are recorded on the way."""
-    for _ in range(LINES_PER_TURN):
-        request = run.reader.next(now)
-        if request is None:
-            return None
-        run.tally.read += 1
-        if run.results.take(request.identity):
-            run.tally.finished_before += 1
-        elif request.problem:
-            run.tally.bad_lines += 1
-            request.errors.append({"attempt": 0, "kind": "bad_line", "status": None, "message": request.problem})
-            LOGGER.warning("%s", request.problem)
-            record(run, request, request.errors)
-        else:
-            run.reader.estimate(request)
-            return request
-    run.reader.due = now
-    return None
-
-
-def is_done(run: Run) -> bool:
-    """Nothing is left to read or to retry; what ran out of attempts has failed then."""
-    if run.hand is not None or run.retries or not run.reader.ended:
-        return False
-    fail_limbo(run)
-    return True
-
-
-def start(run: Run, request: Request, endpoint: Endpoint, now: float) -> None:
-    """Send one attempt, as a task that hands its reply to the loop."""
-
-    async def attempt() -> None:
-        reply = await endpoint.send(request.body)
-        run.arrived.append((request, endpoint, ticket, reply))
-        run.wake.set()
-
-    ticket = endpoint.pacer.start(request.cost, now)
-    request.started = now
-    request.started_utc = request.started_utc or time.time()
-    run.tally.calls += 1
-    run.expected_spend += request.price
-    run.outage.probed(now)
-    run.in_flight[request.line] = (request, asyncio.create_task(attempt()))
-
-
-def choose_endpoint(run: Run, request: Request, now: float) -> tuple[Endpoint, float]:
-    """The endpoint that may start this request first, and in how many seconds."""
-    request.cost = cost = run.learned.cost(request.model, request.estimate or Estimate(0, 0))
-    request.price = run.settings.price(cost.prompt, cost.expected - cost.prompt)
-    if run.settings.max_cost and run.tally.spent + run.expected_spend + request.price > run.settings.max_cost:
-        if not run.in_flight:
-            run.stop(
-                "max_cost", f"Spent {run.tally.spent:,.4f}; the next request may exceed --max_cost. Raise it to go on."
-            )
-        return run.endpoints[0], math.inf
-    endpoint, delay = min(((e, e.pacer.delay(cost, now)) for e in run.endpoints), key=itemgetter(1))
-    return endpoint, run.outage.delay(now) if run.outage.down else delay
-
-
-def settle(run: Run, request: Request, endpoint: Endpoint, ticket: Ticket, reply: Reply, now: float) -> None:
-    """Apply what a reply means: to the pacing, to what is learned, to the request and to the run."""
-    del run.in_flight[request.line]
-    run.expected_spend -= request.price
-    verdict = judge(reply, endpoint.provider, endpoint.shape)
-    usage = read_usage(reply.body, endpoint.shape)
-    charged = usage.total if usage else 0 if verdict.action is Action.REFUSED or not reply.sent else None
-    limits = read_limits(reply, endpoint.provider, time.time())
-    unheard = Outcome.FAILED if verdict.action is Action.RETRY else Outcome.ACCEPTED
-    outcome = Outcome.REFUSED if verdict.action is Action.REFUSED else unheard
-    endpoint.pacer.finish(ticket, outcome, now, charged, limits)
-    run.tally.count(run.settings, verdict, reply, usage)
-    if usage and request.estimate:
-        run.learned.learn(request.model, request.estimate, usage)
-    if reply.status and (reply.status < HTTPStatus.INTERNAL_SERVER_ERROR or verdict.action is not Action.RETRY):
-        if run.outage.ended():
-            LOGGER.warning("The provider answers again; going on.")
-        fail_limbo(run)
-    if verdict.action is Action.DONE:
-        run.trouble_since = math.inf
-        body = {"data": reply.body} if isinstance(reply.body, list) else reply.body
-        record(run, request, body, reply.details, usage)
-        return
-    run.trouble_since = min(run.trouble_since, now)
-    LOGGER.debug("line %d: %s %s", request.line, verdict.kind, verdict.message)
-    if verdict.action is Action.STOP:
-        run.stop("hopeless", verdict.message)
-        return
-    note_error(request, verdict, reply)
-    if verdict.action is Action.REFUSED:
-        heapq.heappush(run.retries, (now, request.line, request))
-    elif verdict.action is Action.RETRY:
-        try_again(run, request, verdict, reply, now)
-    else:
-        fail_at_once(run, request, verdict, reply)
-
-
-def note_error(request: Request, verdict: Verdict, reply: Reply) -> None:
-    """Add an attempt to the request's errors; of refusals only the last is listed."""
-    refused = verdict.action is Action.REFUSED
-    if refused:
-        request.refusals += 1
-        request.errors = [error for error in request.errors if error["kind"] != verdict.kind]
-    else:
-        request.attempts += 1
-    error = {"attempt": request.attempts + refused, "kind": verdict.kind, "status": reply.status or None}
-    error |= {"message": verdict.message, "response": reply.body if reply.body is not None else reply.text or None}
-    request.errors.append(error)
-    del request.errors[1:-ERRORS_KEPT]
-
-
-def try_again(run: Run, request: Request, verdict: Verdict, reply: Reply, now: float) -> None:
-    """Back off after a passing failure. In an outage the attempt is excused, except for the last request left."""
-    if reply.hopeless and not run.tally.replies:
-        run.stop("hopeless", reply.hopeless)
-        return
-    others = len(run.in_flight) + len(run.retries) + len(run.limbo) + (run.hand is not None)
-    left = others + 1 if run.reader.ended else math.inf
-    if (not reply.status or reply.status >= HTTPStatus.INTERNAL_SERVER_ERROR) and left > 1:
-        silent = reply.status in (0, HTTPStatus.SERVICE_UNAVAILABLE)
-        if run.outage.failed(request.line, left if silent else math.inf, now):
-            LOGGER.warning("The provider seems to be down: %s. The queue is kept, probes go on.", verdict.message)
-        if run.outage.down:
-            for excused in (request, *run.limbo):
-                excused.excused += 1
-                heapq.heappush(run.retries, (now, excused.line, excused))
-            run.limbo.clear()
-            return
-    tries = request.attempts - request.excused
-    if tries < run.settings.max_attempts:
-        heapq.heappush(run.retries, (now + retry_delay(tries, run.random), request.line, request))
-    elif left > 1:
-        run.limbo.append(request)
-    else:
-        record(run, request, request.errors)
-
-
-def fail_at_once(run: Run, request: Request, verdict: Verdict, reply: Reply) -> None:
-    """Record a request that no retry can help, unless the first replies show that the requests are not to blame."""
-    if run.stopped_by == "hopeless":
-        return  # untouched: a later run asks again
-    if run.tally.replies == 1 and verdict.kind == "bad_request" and reply.status in WRONG_URL:
-        run.stop("hopeless", verdict.message)
-        return
-    record(run, request, request.errors)
-    if run.tally.succeeded:
-        return
-    run.first_failures[f"{verdict.kind} {reply.status} {verdict.code or re.sub('[0-9]+', '', verdict.message)}"] += 1
-    if len(run.first_failures) == 1 and run.first_failures.total() == SAME_FAILURES:
-        run.stop("hopeless", f"The first {SAME_FAILURES} replies all say: {verdict.message}")
-
-
-def fail_limbo(run: Run) -> None:
-    """No outage after all: what ran out of attempts has failed."""
-    for request in run.limbo:
-        record(run, request, request.errors)
-    run.limbo.clear()
-
-
-def record(
-    run: Run, request: Request, outcome: Any, extra: dict[str, Any] | None = None, usage: Usage | None = None
-) -> None:
-    """Queue the one result line of a request; a list as outcome is the list of its errors."""
-    failed = isinstance(outcome, list)
-    run.tally.failed += failed
-    details = dict(extra) if extra else None
-    if run.settings.save_details:
-        started = datetime.fromtimestamp(request.started_utc, UTC).isoformat(timespec="milliseconds")
-        details = {
-            "line": request.line,
-            "attempts": request.attempts + (not failed),
-            "refusals": request.refusals,
-            "started": started if request.started_utc else None,
-            "seconds": round(time.time() - request.started_utc, 3) if request.started_utc else None,
-            "estimated_tokens": request.cost.expected,
-            "tokens": usage.total if usage else None,
-            **(extra or {}),
-        }
-    run.results.write(request.body, outcome, request.metadata, details)
-
-
-def look_after(run: Run, now: float) -> float:
-    """End a run that cannot go on: a signal, no success for long, results that vanished. Gives when to look again."""
-    if run.signal and not run.stopped_by:
-        LOGGER.warning("%s: nothing new is started. Once more stops at once.", signal.Signals(run.signal).name)
-        run.stop("signal", "")
-    give_up_at = run.trouble_since + (run.settings.give_up_minutes * 60 or math.inf)
-    if now >= give_up_at:
-        minutes, trouble = run.settings.give_up_minutes, run.tally.last_trouble
-        run.stop("given_up", f"No success for {minutes:g} minutes (--give_up_minutes), the last trouble was: {trouble}")
-    if now >= run.next_check:
-        run.next_check = now + CHECK_SECONDS
-        flush(run, check=True)
-    return min(run.next_check, give_up_at if not run.stopped_by else math.inf)
-
-
-def flush(run: Run, *, check: bool = False) -> None:
-    """Write the result lines of this turn; stop the run if they cannot be kept."""
-    try:
-        if check:
-            run.results.check()
-        run.results.flush()
-    except ResultsLost as lost:
-        run.stop("results", str(lost))
-        run.force = run.force or not check
 
 
 # ==== 1 read: the next line becomes a request; finished ones are skipped ==============================================
@@ -514,106 +454,96 @@ def flush(run: Run, *, check: bool = False) -> None:
 MAX_LINE_BYTES = 256 * 1024 * 1024
 LONG_LINE_BYTES = 200_000  # longer ones are parsed and counted in a thread, so that the loop goes on
 UNFINISHED_LINE_SECONDS = 2.0  # a last line without its end is being written, perhaps
+RAW_TEXT_KEPT = 1000  # characters of a line that is too long
 
 
-class FileLines:
-    """Lines of a regular file, up to the end that it has when reached."""
+@dataclass(slots=True)
+class Request:
+    """One line of the request file on its way to its result line."""
 
-    def __init__(self, path: str) -> None:
-        self.file = open(path, "rb", buffering=1 << 20)  # noqa: SIM115 - open for the whole run
-        self.size = os.fstat(self.file.fileno()).st_size
-        self.due, self.ended, self.unfinished, self.patience_ends = 0.0, False, b"", math.inf
-
-    def next(self, now: float) -> bytes | None:
-        """Give the next line; None if there is none (`ended`) or not yet (`due`)."""
-        line = self.unfinished + self.file.readline(MAX_LINE_BYTES + 1)
-        self.unfinished = b""
-        if line and not line.endswith(b"\n") and len(line) <= MAX_LINE_BYTES and now < self.patience_ends:
-            try:
-                loads(line)  # whole, only without a line break
-            except ValueError:
-                self.patience_ends = min(self.patience_ends, now + UNFINISHED_LINE_SECONDS)
-                self.unfinished, self.due = line, now + UNFINISHED_LINE_SECONDS / 10
-                return None
-        rest = line
-        while len(line) > MAX_LINE_BYTES and rest and not rest.endswith(b"\n"):
-            rest = self.file.readline(1 << 20)
-        self.ended, self.patience_ends = not line, math.inf
-        return line or None
-
-    def fraction_read(self) -> float:
-        """How much of the file is read, from 0 to 1."""
-        return min(1.0, self.file.tell() / self.size) if self.size else 1.0
-
-
-class StreamLines:
-    """Lines of standard input or a pipe, which may come slowly or never end: read in a thread of their own."""
-
-    def __init__(self, file: IO[bytes], wake: Callable[[], object]) -> None:
-        self.file, self.wake, self.due, self.ended = file, wake, math.inf, False
-        self.lines: queue.Queue[bytes] = queue.Queue(maxsize=256)
-        threading.Thread(target=self.pump, daemon=True).start()
-
-    def pump(self) -> None:
-        """Pass on line after line; an empty one is the end."""
-        line = rest = b"\n"
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
-            while line:
-                line = rest = self.file.readline(MAX_LINE_BYTES + 1)
-                while len(line) > MAX_LINE_BYTES and rest and not rest.endswith(b"\n"):
-                    rest = self.file.readline(1 << 20)
-                self.lines.put(line)
-                self.wake()
-
-    def next(self, _now: float) -> bytes | None:
-        """Give the next line; None if there is none yet, or no more (`ended`)."""
-        with contextlib.suppress(queue.Empty):
-            line = b"" if self.ended else self.lines.get_nowait()
-            self.ended = not line
-            return line or None
-        return None
-
-    def fraction_read(self) -> float:
-        """Nobody knows how much is still to come."""
-        return 0.0
+    line: int  # physical line number, from 1
+    body: Any  # what is sent, without metadata; the raw text of a line that cannot be sent
+    metadata: Any = None
+    identity: bytes = b""
+    problem: str = ""  # why it cannot be sent
+    model: str = ""
+    estimate: Estimate | None = None
+    cost: Cost = field(default_factory=lambda: Cost(0, 0))
+    price: float = 0.0  # of the expected cost
+    attempts: int = 0  # finished ones, without refusals
+    excused: int = 0  # attempts that fell into an outage: they do not count against --max_attempts
+    refusals: int = 0
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    started_utc: float = 0.0  # first start
+    started: float = 0.0  # last start, on the loop's clock
 
 
 class Reader:
-    """Turns lines into requests, in order, numbered as in the file."""
+    """Turns lines into requests, in order, numbered as in the file.
+
+    A regular file is read to the end that it has when reached. Anything else (standard input, a pipe) may come slowly
+    or never end, and is read by a thread of its own. `wake` is called, from threads, when there may be something new.
+    """
 
     def __init__(
-        self,
-        lines: FileLines | StreamLines,
-        endpoint: Endpoint,
-        tokens: Tokenizer,
-        limit: int,
-        wake: Callable[[], object],
+        self, file: IO[bytes], endpoint: Endpoint, tokens: Tokenizer, limit: int, wake: Callable[[], object]
     ) -> None:
-        self.lines, self.endpoint, self.tokens, self.limit, self.wake = lines, endpoint, tokens, limit or math.inf, wake
+        self.file, self.endpoint, self.tokens, self.limit, self.wake = file, endpoint, tokens, limit or math.inf, wake
         self.number, self.given, self.due, self.ended = 0, 0, 0.0, False
         self.preparing: asyncio.Future[Request] | None = None  # a long line, in a thread
+        self.unfinished, self.patience_ends = b"", math.inf
+        status = os.fstat(file.fileno())
+        self.size = status.st_size if stat.S_ISREG(status.st_mode) else 0
+        self.queue: queue.Queue[bytes] | None = None if stat.S_ISREG(status.st_mode) else queue.Queue(maxsize=256)
+        if self.queue:
+            threading.Thread(target=self.pump, args=(self.queue,), daemon=True).start()
 
     def next(self, now: float) -> Request | None:
         """Give the next request; None if there is none (`ended`) or not yet (`due`, or `wake` is called)."""
         if self.preparing is None:
-            raw: bytes | None = b""
-            while raw is not None and not raw.strip():  # blank lines count, but are skipped
-                raw = self.lines.next(now) if self.given < self.limit else None
-                self.number += raw is not None
-            self.due = self.lines.due
-            if raw is None:
-                self.ended = self.lines.ended or self.given >= self.limit
+            self.due = math.inf
+            raw: bytes | None = b"\n"
+            while raw and not raw.strip():  # blank lines count, but are skipped
+                raw = self.next_line(now) if self.given < self.limit else b""
+                self.number += bool(raw)
+            if not raw:
+                self.ended = raw is not None
                 return None
             self.given += 1
             if len(raw) <= LONG_LINE_BYTES:
                 return parse_line(self.number, raw, self.endpoint)
             self.preparing = asyncio.get_running_loop().run_in_executor(None, self.prepare, self.number, raw)
             self.preparing.add_done_callback(lambda _: self.wake())
-            self.due = math.inf
         if not self.preparing.done():
             return None
         request, self.preparing = self.preparing.result(), None
         return request
+
+    def next_line(self, now: float) -> bytes | None:
+        """Give the next line; an empty one is the end, None means not yet."""
+        if self.queue:
+            with contextlib.suppress(queue.Empty):
+                return b"" if self.ended else self.queue.get_nowait()
+            return None
+        line, self.unfinished = self.unfinished + read_bounded(self.file), b""
+        if line and not line.endswith(b"\n") and now < self.patience_ends:
+            try:
+                loads(line)  # whole, only without its line break
+            except ValueError:
+                self.patience_ends = min(self.patience_ends, now + UNFINISHED_LINE_SECONDS)
+                self.unfinished, self.due = line, now + UNFINISHED_LINE_SECONDS / 10
+                return None
+        self.patience_ends = math.inf
+        return line
+
+    def pump(self, lines: queue.Queue[bytes]) -> None:
+        """Pass on line after line of a stream; an empty one is the end."""
+        line = b"\n"
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
+            while line:
+                line = read_bounded(self.file)
+                lines.put(line)
+                self.wake()
 
     def prepare(self, number: int, raw: bytes) -> Request:
         """Read and estimate a long line."""
@@ -622,16 +552,25 @@ class Reader:
             self.estimate(request)
         return request
 
-    def estimate(self, request: Request) -> None:
+    def estimate(self, request: Request) -> Estimate:
         """Count the tokens of a request, once."""
         if request.estimate is None:
             count = partial(self.tokens.count, model=request.model)
             request.estimate = estimate_tokens(request.body, self.endpoint.shape, count)
+        return request.estimate
 
     def expected_total(self) -> float:
         """How many requests there are: exact at the end, before by the bytes read so far; inf for a stream."""
-        fraction = 1.0 if self.ended else self.lines.fraction_read()
-        return min(self.given / fraction if fraction else math.inf, self.limit)
+        share = 1.0 if self.ended else self.file.tell() / self.size if self.size else 0.0
+        return min(self.given / share if share else math.inf, self.limit)
+
+
+def read_bounded(file: IO[bytes]) -> bytes:
+    """Read a line; of one that is too long only what shows that it is."""
+    line = rest = file.readline(MAX_LINE_BYTES + 1)
+    while len(line) > MAX_LINE_BYTES and rest and not rest.endswith(b"\n"):
+        rest = file.readline(1 << 20)
+    return line
 
 
 def parse_line(number: int, raw: bytes, endpoint: Endpoint) -> Request:
@@ -647,39 +586,37 @@ def parse_line(number: int, raw: bytes, endpoint: Endpoint) -> Request:
     try:
         if len(raw) > MAX_LINE_BYTES:
             raise ValueError(f"longer than {MAX_LINE_BYTES >> 20} MB")
-        value = loads((raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).decode())
+        value = loads(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw)
         if isinstance(value, list) and len(value) in (2, 3, 4) and isinstance(value[0], dict):
             body, metadata = value[0], value[2] if len(value) > 2 else None
         elif not isinstance(value, dict):
             raise ValueError(f"a request is a JSON object, this is {str(raw[:40], errors='replace')!r}")
         elif "custom_id" in value and isinstance(value.get("body"), dict):
             body, metadata = value["body"], {"custom_id": value["custom_id"]}
-            check_batch_line(value, endpoint)
+            problem = check_batch_line(value, endpoint)
         else:
             body, metadata = value, value.pop("metadata", None)
-        problem = check_request(body, endpoint.shape, endpoint.provider)
-    except UnicodeDecodeError as error:
-        problem = f"not UTF-8 at byte {error.start + 1} of the line"
+        problem = problem or check_request(body, endpoint.shape, endpoint.provider)
     except ValueError as error:
         problem = str(error)
     if body is None:
-        body = raw[: MAX_LINE_BYTES if len(raw) <= MAX_LINE_BYTES else 1000].decode(errors="backslashreplace").strip()
+        kept = raw if len(raw) <= MAX_LINE_BYTES else raw[:RAW_TEXT_KEPT]
+        body = kept.decode(errors="backslashreplace").strip()
     model = body.get("model") if isinstance(body, dict) else None
     request = Request(number, body, metadata, identity(body, metadata), model=model if isinstance(model, str) else "")
     request.problem = f"line {number}: {problem}" if problem else ""
     return request
 
 
-def check_batch_line(line: dict[str, Any], endpoint: Endpoint) -> None:
-    """Refuse an OpenAI Batch line that was made for another endpoint."""
+def check_batch_line(line: dict[str, Any], endpoint: Endpoint) -> str:
+    """Why an OpenAI Batch line is not for this endpoint; "" if it is."""
     path = urlsplit(endpoint.url).path
-    url = line.get("url", path)
-    if line.get("method", "POST") != "POST":
-        raise ValueError(f"its method is {line['method']!r}; only POST can be sent")
-    if url != path and not (
-        isinstance(url, str) and path.endswith(url) and find_shape(url, endpoint.provider) == endpoint.shape
-    ):
-        raise ValueError(f"it is for {url!r}, but --request_url is for {path}")
+    method, url = line.get("method", "POST"), line.get("url", path)
+    if method != "POST":
+        return f"its method is {method!r}; only POST can be sent"
+    known = SHAPES[endpoint.shape].paths.split()
+    same = isinstance(url, str) and path.endswith(url) and any(fnmatchcase(url, pattern) for pattern in known)
+    return "" if url == path or same else f"it is for {url!r}, but --request_url is for {path}"
 
 
 # ==== 2 estimate: tokens it will be charged ===========================================================================
@@ -739,6 +676,9 @@ IMAGE_PRICES: tuple[tuple[str, int, float, float, int], ...] = (
 PNG_OR_GIF, WEBP = rb"(?s)^\x89PNG.{14}(..)..(..)|^GIF8..(..)(..)", rb"|WEBPVP8 .{10}(..)(..)|WEBPVP8X.{8}(..).(..)"
 SIDES = re.compile(PNG_OR_GIF + WEBP + rb"|\xff[\xc0-\xc2]\0.\x08(..)(..)")  # of an image; the last one is JPEG
 VOCABULARY_LOCK = threading.Lock()
+# subtle: the look-behinds keep both linear on any text, they are tried only where a run begins
+BASE64 = re.compile(r"(?<![A-Za-z0-9+/])(data:[\w/.+-]{0,99};base64,)?[A-Za-z0-9+/]{999,}=*")
+OPAQUE = re.compile(r"(?a)(?<![\w+/=-])(?=[a-zA-Z_+/=-]*\d)(?=[\d_+/=-]*[a-zA-Z])[\w+/=-]{40,}")
 PIECES = re.compile(r"([A-Za-z]+)|([0-9]{1,3})|([^\sA-Za-z0-9\x80-\U0010ffff]+)|(\n\s*)|([\x80-\U0010ffff])")
 PIECE_TOKENS = ((1.005, 0.116, 6), (1.049, 0, 3), (0.824, 0.084, 1), (0.795, 0, 0), (0.775, 0, 1))
 
@@ -791,11 +731,12 @@ def content_tokens(value: Any, model: str, count: Callable[[str], int]) -> int:
 
 def json_text(value: Any) -> str:
     """A text itself, anything else as JSON without base64 data; brackets for what json cannot write (too deep)."""
+    if isinstance(value, str):
+        return value
     try:
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        return BASE64.sub("", json.dumps(value, ensure_ascii=False, separators=(",", ":")))
     except (RecursionError, ValueError):
-        text = "[]" * 1000
-    return text if text is value else re.sub(r"(data:[\w/.+-]{0,99};base64,)?[A-Za-z0-9+/]{999,}=*", "", text)
+        return "[]" * 1000
 
 
 def tool_tokens(tool: Any, model: str, count: Callable[[str], int]) -> int:
@@ -925,8 +866,7 @@ def read_vocabulary(download_seconds: float, url: str, expected_hash: str) -> by
 
 def estimate_text(text: str) -> int:
     """Tokens of a text without a vocabulary: weights fitted to o200k_base, mean error 7 %; long runs as base64."""
-    mixed = re.compile("[0-9].*?[A-Za-z]|[A-Za-z].*?[0-9]")
-    rest = re.sub("[A-Za-z0-9+/=_-]{40,}", lambda run: "" if mixed.search(run[0]) else run[0], text)
+    rest = OPAQUE.sub("", text)
     total = 0.72 * (len(text) - len(rest))
     for match in PIECES.finditer(rest):
         first, more, free = PIECE_TOKENS[(match.lastindex or 1) - 1]
@@ -1056,8 +996,9 @@ class Pacer:
         self._capped = bool(concurrency_hint)  # the window comes from refusals, not from latencies alone
         self._bound: list[_Limit | None] = [None, None]  # what held starts back since the last tick, and before it
         self._barren = 0  # refusals in a row with next to nothing admitted between them
-        self._since, self._replies, self._base, self._peak = 0.0, 0, 0.0, 0.0  # see _watch_queue
-        self._latencies: list[float] = []
+        self._speed = (0.0, 0)  # replies per second, and in flight
+        self._since = self._latencies = self._base = self._peak = 0.0  # see _watch_queue
+        self._replies = self._count = 0
         self.set_budgets(requests_per_minute, tokens_per_minute)
 
     def set_budgets(self, requests_per_minute: float, tokens_per_minute: float, now: float = 0.0) -> None:
@@ -1091,7 +1032,8 @@ class Pacer:
             for rate in self._rates[:2]:
                 blind = not self._base and rate.minute == PACE_FREE > rate.value  # 10,000 in flight after some 8 s
                 rate.value = min(2000.0 if blind else PACE_FREE, rate.value * 4**passed)
-        elif bound and now >= bound.quiet_until and bound.value < bound.top and (self._capped or bound in self._rates):
+        growing = self._capped if bound is self._window else not self._ramping
+        if bound and growing and now >= bound.quiet_until and bound.value < bound.top:
             if not bound.trail and bound is not self._window:
                 self._mark(now)
             bound.grow(float(bound is self._window))
@@ -1127,7 +1069,9 @@ class Pacer:
         """Take the place and reserve the tokens."""
         now = self._advance(now)
         if self._last == -math.inf:
-            self._mark_at = self._since = now
+            self._mark_at = now
+        if self.in_flight == 0:  # what came before says nothing about the present load
+            self._since, self._replies, self._count, self._latencies = now, 0, 0, 0.0
         self.in_flight, self._last = self.in_flight + 1, now
         ticket = Ticket(now, [1, cost.expected, cost.worst], self.in_flight, [rate.total for rate in self._rates])
         for rate, amount in zip(self._rates, ticket.held, strict=True):
@@ -1152,25 +1096,33 @@ class Pacer:
 
     def _watch_queue(self, window: _Limit, started: float, now: float) -> None:
         """Keep the window at what raises replies per second: more would only wait in the server's queue."""
-        flight, self._replies = self.in_flight + 1, self._replies + 1
-        if self._slow_start and not self._capped:
+        flight, slow_start, self._replies = self.in_flight + 1, self._slow_start, self._replies + 1
+        if slow_start and not self._capped:
             window.value = max(8.0, flight) if window.value == PACE_FREE else window.value
-            window.value += 2 if flight >= window.value / 2 else 0
-        if started >= self._since:
-            self._latencies.append(now - started)
-        count, passed = len(self._latencies), now - self._since
-        if count < max(16, flight / 2) or passed < 3 * (mean := sum(self._latencies) / count):
+            window.value += 1.5 if flight >= window.value / 2 else 0
+        if slow_start or started >= self._since:
+            self._count, self._latencies = self._count + 1, self._latencies + now - started
+        mean, passed = self._latencies / max(1, self._count), now - self._since
+        few, short = (8, max(1.0, 2 * (self._base or mean))) if slow_start else (max(16, flight / 2), 3 * mean)
+        if self._count < few or passed < short:
             return
-        speed, self._since, self._replies, self._latencies = self._replies / passed, now, 0, []
+        (before, crowd), speed, base = self._speed, self._replies / passed, self._base or mean
+        self._since, self._replies, self._count, self._latencies, self._speed = now, 0, 0, 0.0, (speed, flight)
         if self._peak and (speed < 0.8 * self._peak or window.value <= 2):  # drained too far; by Little's law:
-            window.settle(max(2.0, 1.3 * window.value * self._peak / speed), now, 30.0)
+            window.settle(max(2.0, 1.3 * window.value * self._peak / speed), now, 2.0)
             self._base, self._peak = mean, 0.0
-        elif self._peak or mean > 2 * (self._base or mean):  # latency doubled: give up places until speed falls
-            self._peak, self._slow_start = max(self._peak, speed), False
-            window.settle(max(1.0, 0.6 * flight), now, 30.0)
+        elif self._peak or (
+            mean > 2.5 * base
+            and flight > 0.8 * crowd
+            and (window in self._bound if self._capped else not slow_start or speed < 1.25 * before)
+        ):
+            self._peak, self._slow_start = max(self._peak, speed), False  # a queue: drain it until speed falls
+            window.settle(max(1.0, min(0.6 * min(flight, window.value), 1.5 * speed * base)), now, 30.0)
         else:
-            self._base = min(self._base or mean, mean)
-            window.value *= 1.25 if window in self._bound and mean < 1.5 * self._base and not self._capped else 1.0
+            self._base = min(base, mean)
+            window.value *= (
+                1.4 if window in self._bound and mean < 1.5 * base and not (self._capped or slow_start) else 1
+            )
 
     def _refused(self, ticket: Ticket, now: float, asked: float | None) -> None:
         """Hear a refusal; all that started before one was heard are one signal, and only prolong the pause."""
@@ -1211,7 +1163,7 @@ class Pacer:
             window.quiet_until = min(window.quiet_until, now + 1.0)  # if it was blamed just before, then wrongly
             return 0.5
         elif self._barren:
-            return min(60.0, 2.0**self._barren)
+            return min(60.0, 2.0 ** min(6, self._barren))
         else:
             rate.settle(min(0.9 * rate.value, max(admitted[index], rate.value / 4)), now, 2.0)
         self._capped = True  # it may be a cap on concurrency, too: then this many fit
@@ -1235,7 +1187,11 @@ class Pacer:
 
     def last_minute(self) -> tuple[int, int]:
         """Requests and tokens started in the last minute."""
-        return self._meters[0].held, self._meters[1].held
+        return self._rates[0].held, self._rates[1].held
+
+    def allowed(self) -> tuple[float, float]:
+        """Starts a second, and requests in flight, that are allowed now; PACE_FREE: no limit."""
+        return self._rates[0].value, self._window.value
 
     def describe(self) -> str:
         """What limit was found, in words; "" if there is nothing worth telling."""
@@ -1287,11 +1243,8 @@ class Outage:
 # ==== 4 send: the only place that knows HTTP ==========================================================================
 
 CONNECT_SECONDS = 30.0
-SPARE_OPEN_FILES = 64  # for everything that is no connection
-MOST_CONCURRENT = 20_000  # fewer than the ports that one address can connect from
-FEW_CONCURRENT = 10_000  # fewer than these are worth a warning
-SHORTEST_SECRET = 12  # characters; shorter ones would be found in ordinary words
-SECRET_NAMES = re.compile("auth|key|token|secret|cookie", re.IGNORECASE)
+SPARE_OPEN_FILES, MOST_CONCURRENT = 64, 20_000  # of no connections; fewer than the ports that an address has
+SHORTEST_SECRET, REDACTED = 12, "[REDACTED]"  # shorter ones would be found in ordinary words
 TEXT_KEPT = 2000  # bytes of a reply that is no JSON
 
 
@@ -1313,19 +1266,17 @@ class Reply:
 class Secrets(logging.Filter):
     """What must never reach a file, a log or a message: keys, proxy passwords, headers that look like keys."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.texts: set[str] = set()
+    texts: frozenset[str] = frozenset()
 
     def add(self, text: str) -> None:
-        """Look for this text from now on; a short one is not looked for, it would be found in ordinary words."""
+        """Look for this text from now on, also as JSON and as URLs write it."""
         if len(text) >= SHORTEST_SECRET:
             self.texts |= {text, json.dumps(text)[1:-1], quote(text, safe="")}
 
     def redact(self, text: str) -> str:
         """Replace every secret."""
         for secret in self.texts:
-            text = text.replace(secret, "[REDACTED]")
+            text = text.replace(secret, REDACTED)
         return text
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -1349,20 +1300,25 @@ class Endpoint:
     secrets: Secrets
     session: aiohttp.ClientSession | None = None
 
+    async def open(self, stack: contextlib.AsyncExitStack, timeout_seconds: float) -> None:
+        """Open the connection pool, without aiohttp's limit of connections; `stack` closes it."""
+        timeout = aiohttp.ClientTimeout(total=timeout_seconds, sock_connect=CONNECT_SECONDS)
+        connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300)
+        session = aiohttp.ClientSession(connector=connector, timeout=timeout, cookie_jar=aiohttp.DummyCookieJar())
+        self.session = await stack.enter_async_context(session)
+
     async def send(self, body: dict[str, Any]) -> Reply:
         """Send one attempt and read the whole reply. Raises nothing, except when it is cancelled."""
         assert self.session is not None
-        reply = Reply()
+        if self.provider.name == "json_gateway":
+            body = wrap_gateway(body, self.key)
+        elif body.get("stream") is True and "stream_options" not in body:  # for its usage; the user's line stays
+            body = {**body, "stream_options": {"include_usage": True}}
+        reply, data, options = Reply(), dumps(body), {"allow_redirects": False, "proxy": self.proxy}
         try:
-            data = dumps(for_the_wire(body, self.provider, self.key))
-            async with self.session.post(
-                self.url, data=data, headers=self.headers, allow_redirects=False, proxy=self.proxy
-            ) as response:
+            async with self.session.post(self.url, data=data, headers=self.headers, **options) as response:
                 reply.status, reply.headers = response.status, response.headers
                 await self.read(response, reply)
-        except TimeoutError as error:
-            reply.failure, reply.sent = "timeout", not isinstance(error, aiohttp.ConnectionTimeoutError)
-            reply.message = "no whole reply within --request_timeout" if reply.sent else "no connection"
         except Exception as error:  # noqa: BLE001 - whatever the network does, the run goes on
             explain(error, reply)
         reply.message = self.secrets.redact(reply.message)
@@ -1370,30 +1326,28 @@ class Endpoint:
 
     async def read(self, response: aiohttp.ClientResponse, reply: Reply) -> None:
         """Read a body of bounded size and parse it, whatever its content type claims."""
-        chunks: list[bytes] = []
-        size = 0
+        chunks, size = [], 0
         while chunk := await response.content.readany():
             chunks.append(chunk)
             size += len(chunk)
             if size > self.max_reply_bytes:
                 response.close()
-                reply.failure, reply.message = (
-                    "too_large",
-                    f"the reply is larger than {self.max_reply_bytes >> 20} MB (--max_reply_megabytes)",
-                )
+                reply.failure, reply.message = "too_large", "the reply is larger than --max_reply_megabytes"
                 return
         raw = b"".join(chunks)
         for secret in self.secrets.texts:
-            raw = raw.replace(secret.encode(), b"[REDACTED]")
-        if reply.status == HTTPStatus.OK and response.content_type == "text/event-stream":
+            raw = raw.replace(secret.encode(), REDACTED.encode())
+        if reply.status == 200 and response.content_type == "text/event-stream":
             reply.body, reply.message = assemble_stream(raw)
-            reply.failure = "" if reply.body is not None else "connection"
+            reply.failure = "connection" if reply.body is None else ""
             return
         try:
             reply.body = loads(raw)
         except ValueError:
             reply.text = raw[:TEXT_KEPT].decode(errors="replace")
-        if self.provider.name == "json_gateway" and reply.status == HTTPStatus.OK:
+        if 300 <= reply.status < 400:
+            reply.message = self.secrets.redact(reply.headers.get("Location", "nowhere"))
+        if self.provider.name == "json_gateway" and reply.status == 200:
             reply.body, reply.details, reply.message = unwrap_gateway(reply.body)
             reply.failure = "bad_reply" if reply.message else ""
 
@@ -1401,37 +1355,23 @@ class Endpoint:
 def explain(error: Exception, reply: Reply) -> None:
     """Put an error of the network in words, and tell whether the request may have reached the provider."""
     reply.failure, reply.message = "connection", f"{type(error).__name__}: {error}"
-    reply.sent = not isinstance(error, aiohttp.ClientConnectorError | aiohttp.InvalidURL)
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
+    reply.sent = not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
+    if isinstance(error, TimeoutError):
+        reply.failure, reply.message = "timeout", "no whole reply within --request_timeout"
+    elif isinstance(error, aiohttp.ClientConnectorDNSError):
         reply.hopeless = f"The host {error.host} cannot be found. Check --request_url, the network and the proxy."
-    elif isinstance(error, ssl.SSLError | ssl.CertificateError) or isinstance(error.__cause__, ssl.SSLError):
-        reply.hopeless = (
-            f"No secure connection ({error}). Check --request_url (https or http? the port?), the clock and the proxy."
-        )
-    elif isinstance(error, aiohttp.ClientPayloadError):
-        reply.message = f"the reply broke off or cannot be unpacked: {error}"
-
-
-def for_the_wire(body: dict[str, Any], provider: Provider, key: str) -> dict[str, Any]:
-    """Add what the provider needs beyond what the user wrote; the user's own value is never changed."""
-    if provider.name == "json_gateway":
-        return wrap_gateway(body, key)
-    if body.get("stream") is True and "stream_options" not in body:
-        return {**body, "stream_options": {"include_usage": True}}
-    return body
+    elif isinstance(error, ssl.SSLError | aiohttp.ClientSSLError):
+        reply.hopeless = f"No secure connection: {error}. Check --request_url (https or http? the port?) and the clock."
 
 
 def find_proxy(url: str, secrets: Secrets) -> str | None:
     """The proxy that the environment names for this URL; never one for this machine itself."""
     parts = urlsplit(url)
-    proxy = urllib.request.getproxies().get(parts.scheme)
-    host = parts.hostname or ""
+    proxy, host = urllib.request.getproxies().get(parts.scheme), parts.hostname or ""
     if not proxy or is_private(host, loopback_only=True) or urllib.request.proxy_bypass(host):
         return None
     if not proxy.startswith(("http://", "https://")):
-        raise UsageError(
-            f"the proxy {secrets.redact(proxy)} of the environment is not an http proxy; use one, or unset it"
-        )
+        raise UsageError(f"the proxy of the environment for {parts.scheme} is no http proxy; use one, or unset it")
     secrets.add(unquote(urlsplit(proxy).password or ""))
     return proxy
 
@@ -1442,55 +1382,49 @@ def open_files_for(wanted: int) -> int:
         import resource
     except ImportError:  # Windows has no such limit for sockets
         return wanted
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = wanted + SPARE_OPEN_FILES
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    soft, hard = (math.inf if n == resource.RLIM_INFINITY else n for n in resource.getrlimit(resource.RLIMIT_NOFILE))
+    if soft < wanted + SPARE_OPEN_FILES:
+        soft = min(wanted + SPARE_OPEN_FILES, hard)
         with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        return max(1, min(wanted, soft - SPARE_OPEN_FILES))
-    return wanted
+            resource.setrlimit(resource.RLIMIT_NOFILE, (int(soft), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    return max(1, min(wanted, int(soft) - SPARE_OPEN_FILES)) if soft < math.inf else wanted
 
 
 # ==== 5 judge: what the reply means ===================================================================================
 
+T = TypeVar("T")
 Action = Enum("Action", "DONE REFUSED RETRY FAIL STOP")  # success; rate limit; passing; hopeless request; hopeless run
 Meaning = tuple[Action, str]  # with the kind of error
 ANSWERED, THROTTLED, BUSY = (Action.DONE, ""), (Action.REFUSED, "rate_limit"), (Action.RETRY, "server_error")
 NO_ANSWER, REJECTED = (Action.RETRY, "bad_reply"), (Action.FAIL, "bad_request")
 FILTERED, BAD_KEY = (Action.FAIL, "content_filter"), (Action.STOP, "auth")
 NO_MONEY, REDIRECTED = (Action.STOP, "no_money"), (Action.STOP, "redirect")
-BY_STATUS = {402: NO_MONEY, 429: THROTTLED, **dict.fromkeys((401, 403, 407), BAD_KEY)}
+BY_STATUS = {402: NO_MONEY, 429: THROTTLED} | dict.fromkeys((401, 403, 407), BAD_KEY)
 BY_STATUS |= dict.fromkeys((408, 409, 425, 498, 499), BUSY)  # 498: Groq is out of flexible capacity
 BY_CENTURY = {3: REDIRECTED, 4: REJECTED}  # all else is the provider's fault
 EVERYWHERE = {"context_length_exceeded model_not_found": REJECTED, "content_filter content_policy*": FILTERED}
 UNDER_200 = {"invalid* bad*": 400, "auth*": 401, "billing*": 402, "permission*": 403, "rate_limit* throttl*": 429}
 BLOCKED = set("content_filter sensitive refusal safety recitation blocklist prohibited_content spii other".split())
 UNFINISHED = set("insufficient_system_resource network_error error malformed_function_call failed queued".split())
-ENDS = ("finish_reason", "finishReason", "stop_reason", "reason", "status")
-CONTENTS = ("text", "tool_calls", "function_call", "refusal", "audio", "output")
-USAGE_FIELDS = {  # of input: of output; what Anthropic counts as input is a sum
-    "prompt_tokens": "completion_tokens",
-    "input_tokens cache_creation_input_tokens cache_read_input_tokens": "output_tokens",
-    "promptTokenCount toolUsePromptTokenCount": "candidatesTokenCount thoughtsTokenCount",
-    "tokens_input": "tokens_generated",
-    "total_tokens": "",
-}
-CACHED_FIELDS = "cached_tokens prompt_cache_hit_tokens cache_read_input_tokens cachedContentTokenCount"
-OWN_SIZE = re.compile(r"limit:? ?(\d{1,18})\b.{0,80}requested:? ?(\d{1,18})", re.IGNORECASE)
-SECONDS_IN = {"ms": 0.001, "milli": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?) ?(ms|milli|[smhd])[a-z]* ?", re.IGNORECASE)
-DURATIONS = re.compile(f"(?:{DURATION.pattern})+", re.IGNORECASE)
-TRY_AGAIN = re.compile(rf"\b(?:try again|retry) (?:in|after) ({DURATIONS.pattern})", re.IGNORECASE)
-LIMITED = {"ratelimit": "requests", "rate-limit": "requests", "req": "requests"}
-LIMITED |= {"tokenlimit": "tokens", "ratelimitbysize": "tokens"}
-PER_MINUTE = {"second": 60.0, "minute": 1.0}  # a limit by the hour, day or month is no pace
-LIMIT_NAME = re.compile(
-    r"(?:x-|anthropic-)?(rate-?limit|ratelimitbysize|tokenlimit)-(?:(.+)-)?(limit|remaining|reset)"
-    r"(?:-(.+?))??(?:-(second|minute|hour|day|month))?"
+USAGE_FIELDS = (  # of input, of output, from the cache; those of a family are added up
+    "prompt_tokens|input_tokens cache_creation_input_tokens cache_read_input_tokens|tokens_input"
+    + "|promptTokenCount toolUsePromptTokenCount",
+    "completion_tokens|output_tokens|tokens_generated|candidatesTokenCount thoughtsTokenCount",
+    "cached_tokens|prompt_cache_hit_tokens|cache_read_input_tokens|cachedContentTokenCount",
 )
-WORDS_KEPT, LONGEST_WAIT_SECONDS, FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 600, 600.0, 1.0, 60.0
+ENDS = ("finish_reason", "finishReason", "stop_reason", "reason", "status")
+ERROR_WORDS = (
+    "loc message msg detail error error_code metadata raw details reason violations quotaId retryDelay".split()
+)
+OWN_SIZE = re.compile(r"limit:? ?(\d{1,18})\b.{0,80}requested:? ?(\d{1,18})", re.IGNORECASE)
+TRY_AGAIN = re.compile(r"\b(?:try again|retry) (?:in|after) ((?:\d[\d.]* ?[a-z]+ ?)+)", re.IGNORECASE)
+DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?) ?(ms|milli|[smhd])[a-z]*[. ]*", re.IGNORECASE)
+SECONDS_IN = {"ms": 0.001, "milli": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+LIMIT_NAME = re.compile(  # whose limit, of what, which figure, of what, by when
+    r"(?:[a-z]+-)?(rate-?limit|tokenlimit|ratelimitbysize)-(?:(.+)-)?(limit|remaining|reset)(?:-(.+?))??"
+    r"(?:-(minute|day|month))?"
+)
+WORDS_KEPT, LONGEST_WAIT_SECONDS, LONGEST_RETRY_SECONDS = 600, 600.0, 60.0
 MOST, EPOCH = 1e13, 1e9  # no count is higher; a larger number of seconds is a date
 
 
@@ -1518,12 +1452,10 @@ def judge(reply: Reply, provider: Provider, shape: str) -> Verdict:
         message = f"redirected to {reply.headers.get('Location')}: if you trust it, set --request_url to it"
     if (size := OWN_SIZE.search(message)) and int(size[2]) > int(size[1]):
         meaning = REJECTED  # no waiting makes room for this request
-    words = (code, family, f"http{status}")
-    meaning = meaning or next(
-        (m for text, m in provider.texts.items() if re.search(text, message, re.IGNORECASE)), None
-    )
-    meaning = meaning or first_match(provider.codes, *words) or first_match(EVERYWHERE, *words) or BY_STATUS.get(status)
-    action, kind = meaning or BY_CENTURY.get(status // 100, BUSY)
+    told = (value for text, value in provider.texts.items() if re.search(text, message, re.IGNORECASE))
+    for table in (provider.codes, EVERYWHERE):
+        meaning = meaning or next(told, None) or first_match(table, code, family, f"http{status}")
+    action, kind = meaning or BY_STATUS.get(status) or BY_CENTURY.get(status // 100, BUSY)
     return Verdict(action, kind, message or f"status {reply.status} without a usable answer", code or family)
 
 
@@ -1536,100 +1468,81 @@ def first_match(table: Mapping[str, Any], *words: str) -> Any:
 def look_inside(body: Any, answer: str) -> Meaning | None:
     """What the content of a reply under 200 means; None if its error words have to tell."""
     if isinstance(body, list) and body:  # so do some servers of embeddings; Gemini puts a list around an error
-        return None if "error" in as_dict(body[0]) else ANSWERED
+        return None if "error" in only(dict, body[0]) else ANSWERED
     if not isinstance(body, dict):
         return NO_ANSWER
     found = body.get(answer)
-    if not found and as_dict(body.get("promptFeedback")).get("blockReason"):
+    if not found and only(dict, body.get("promptFeedback")).get("blockReason"):
         return FILTERED
     if body.get("error") or (not found and found != []):
         return None if any(error_words(body)) else NO_ANSWER
-    if isinstance(found, dict):  # DashScope
-        found = found.get("choices") or [found]
-    elif answer not in ("choices", "candidates"):
-        found = [{**body, **as_dict(body.get("incomplete_details")), **as_dict(body.get("inference_status"))}]
-    choices = [{**choice, **as_dict(choice.get("message"))} for choice in map(as_dict, found)]
-    ends = {str(next((c[name] for name in ENDS if c.get(name)), "")).lower() for c in choices}
-    if ends & UNFINISHED:
-        return BUSY
-    contents = [as_dict(c.get("content")).get("parts", c.get("content")) for c in choices]
-    blocked = ends <= BLOCKED and not any(contents) and not any(c.get(name) for c in choices for name in CONTENTS)
-    return NO_ANSWER if not choices else FILTERED if blocked else ANSWERED
+    if answer not in ("choices", "candidates"):
+        output, *more = (only(dict, body.get(name)) for name in ("output", "incomplete_details", "inference_status"))
+        found = output.get("choices") or [{**body, **output, **more[0], **more[1]}]
+    choices = [{**choice, **only(dict, choice.get("message"))} for choice in only(list, found) if only(dict, choice)]
+    ends = {str(next((choice[name] for name in ENDS if choice.get(name)), "")).lower() for choice in choices}
+    if not choices or ends & UNFINISHED:
+        return BUSY if choices else NO_ANSWER
+    texts = [choice[name] for choice in choices for name in ("content", "text", "output") if choice.get(name)]
+    empty = not any(text.get("parts") if isinstance(text, dict) else text for text in texts)
+    return FILTERED if empty and ends <= BLOCKED else ANSWERED
 
 
 def error_words(body: Any, text: str = "") -> tuple[str, str, str]:
     """Code, type and message of an error body: nested, flat, in a list, FastAPI's detail, a string, HTML."""
     body = body[0] if isinstance(body, list) and body else body
-    if not isinstance(body, dict):
-        text = body if isinstance(body, str) else text
-        title = re.search("<title>(.*?)</title>", text, re.IGNORECASE | re.DOTALL)
-        return "", "", one_line(unescape(title[1]) if title else text)
-    error = body.get("error") or body
-    error = error if isinstance(error, dict) else {**body, "message": body.get("message") or error}
-    message = next((error[name] for name in ("message", "msg", "detail") if error.get(name)), "")
-    message = message.get("detail", [message]) if isinstance(message, dict) else message
-    if isinstance(message, list):
-        message = "; ".join(f"{one_line(d.get('loc'))} {one_line(d.get('msg'))}" for d in map(as_dict, message))
-    notes = [as_dict(error.get("metadata")).get("raw"), error.get("error_code")]  # OpenRouter, Anthropic
-    for detail in map(as_dict, as_list(error.get("details"))):  # Google
-        notes += [detail.get("reason"), *(as_dict(v).get("quotaId") for v in as_list(detail.get("violations")))]
-        notes += [f"retry in {detail['retryDelay']}"] if isinstance(detail.get("retryDelay"), str) else []
-    message = " ".join(filter(None, map(one_line, (message, *notes))))
+    error = only(dict, only(dict, body).get("error")) or only(dict, body)
+    title = re.search("<title>(.*?)</title>", text, re.IGNORECASE | re.DOTALL)
+    message = one_line(error or body) or one_line(unescape(title[1]) if title else text)
     return one_line(error.get("code")), one_line(error.get("type") or error.get("status")), message
 
 
-def one_line(value: Any) -> str:
-    """A bounded line of a string, of a small number or of a list of them; "" for everything else."""
+def one_line(value: Any, depth: int = 6) -> str:
+    """A bounded line of the words in a value: a text, a small number, or what an error of any form has to say."""
+    if isinstance(value, dict):
+        names = (name for name in ERROR_WORDS if value.get(name))
+        value = [["retry in", value[name]] if name == "retryDelay" else value[name] for name in names]
     if isinstance(value, list):
-        return ".".join(filter(None, map(one_line, value[:10])))
+        value = " ".join(filter(None, (one_line(item, depth - 1) for item in value[:10] if depth)))
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < MOST:
         return str(value)
-    return " ".join(value[: 4 * WORDS_KEPT].split())[:WORDS_KEPT] if isinstance(value, str) else ""
+    return " ".join(only(str, value)[: 4 * WORDS_KEPT].split())[:WORDS_KEPT]
 
 
-def as_dict(value: Any) -> dict[str, Any]:
-    """The value if it is an object, else an empty one."""
-    return value if isinstance(value, dict) else {}
-
-
-def as_list(value: Any) -> list[Any]:
-    """The value if it is an array, else an empty one."""
-    return value if isinstance(value, list) else []
+def only(kind: type[T], value: Any) -> T:
+    """The value if it is of this kind, else an empty one."""
+    return value if isinstance(value, kind) else kind()
 
 
 def read_limits(reply: Reply, provider: Provider, utc_now: float) -> ServerLimits | None:
     """What a reply tells about limits and, if it is an error, how long to wait; None if nothing."""
-    refused = reply.status >= 400 or bool(as_dict(reply.body).get("error"))
+    refused = reply.status >= 400 or (isinstance(reply.body, dict) and bool(reply.body.get("error")))
     if not refused and "limit" not in " ".join(reply.headers).lower():
         return None
     headers = {name.lower(): text for name, text in reply.headers.items()}
     buckets: dict[str, dict[str, float]] = {}
-    for match in filter(None, map(LIMIT_NAME.fullmatch, headers)):
-        family, before, kind, after, window = match.groups()
-        what = LIMITED.get(before or after or family, before or after)
-        window = window or provider.windows.get(what, "minute")
-        value = seconds_in(headers[match[0]], utc_now) if kind == "reset" else number_in(headers[match[0]])
-        if value is not None and (value or kind != "limit"):
-            bucket = buckets.setdefault(what if window in PER_MINUTE else f"{what} by the {window}", {})
-            bucket[kind] = value * PER_MINUTE.get(window, 0.0) if kind == "limit" else value
-    empty = [bucket["reset"] for bucket in buckets.values() if bucket.get("remaining") == 0 and "reset" in bucket]
-    told = TRY_AGAIN.search(error_words(reply.body, reply.text)[2]) if refused else None
-    first = (
-        seconds_in(f"{headers.get('retry-after-ms')}ms", utc_now),
-        seconds_in(headers.get("retry-after", ""), utc_now),
-    )
-    waits = (*first, max(empty, default=None), seconds_in(told[1], utc_now) if told else None)
-    limits = [next((wait for wait in waits if refused and wait is not None), None)]
-    halves = [buckets[name] for name in ("input-tokens", "output-tokens") if name in buckets]
-    both = (
-        {kind: (max if kind == "reset" else sum)(half.get(kind, 0.0) for half in halves) for kind in halves[0]}
-        if halves
-        else {}
-    )
+    for name, text in headers.items():
+        if "limit" in name and (match := LIMIT_NAME.fullmatch(name)):
+            whose, before, figure, after, window = match.groups()
+            what = before or after or ("requests" if whose in ("ratelimit", "rate-limit") else "tokens")
+            window = window or provider.windows.get(what, "minute")
+            value = seconds_in(text, utc_now) if figure == "reset" else number_in(text)
+            if value is not None and (value or figure != "limit"):  # a limit by the day or month is no pace
+                bucket = buckets.setdefault(what if window in ("minute", "second") else f"{what} by the {window}", {})
+                bucket[figure] = value * 60 if figure == "limit" and window == "second" else value
+    waits: list[float | None] = []
+    if refused:
+        told = TRY_AGAIN.search(error_words(reply.body, reply.text)[2])
+        texts = (f"{headers.get('retry-after-ms')}ms", headers.get("retry-after", ""), told[1] if told else "")
+        resets = (bucket.get("reset", 0.0) for bucket in buckets.values() if bucket.get("remaining") == 0)
+        waits = [*(seconds_in(text, utc_now) for text in texts), max(resets, default=0.0) or None]
+    wait = next((wait for wait in waits if wait is not None), None)
+    half, rest = (buckets.get(name, {}) for name in ("input-tokens", "output-tokens"))  # Anthropic
+    both = {k: max(half[k], rest[k]) if k == "reset" else half[k] + rest[k] for k in half.keys() & rest}
     tokens = buckets.get("tokens") or buckets.get("project-tokens") or both
-    for bucket in (buckets.get("requests", {}), tokens):
-        limits += map(bucket.get, ("limit", "remaining", "reset"))
-    return ServerLimits(*limits) if any(limit is not None for limit in limits) else None
+    requests = buckets.get("requests") or buckets.get("req", {})
+    figures = [bucket.get(figure) for bucket in (requests, tokens) for figure in ("limit", "remaining", "reset")]
+    return ServerLimits(wait, *figures) if any(figure is not None for figure in (wait, *figures)) else None
 
 
 def number_in(text: str) -> float | None:
@@ -1646,10 +1559,10 @@ def seconds_in(text: str, utc_now: float) -> float | None:
         if (seconds := number_in(text)) is not None:
             seconds = seconds / 1000 if seconds > EPOCH * 100 else seconds
             seconds -= utc_now if seconds > EPOCH else 0
-        elif DURATIONS.fullmatch(text.strip()):
+        elif text and not DURATION.sub("", text):
             seconds = sum(float(number) * SECONDS_IN[unit.lower()] for number, unit in DURATION.findall(text))
         else:
-            date = datetime.fromisoformat(text) if "T" in text[:11] else parsedate_to_datetime(text)
+            date = datetime.fromisoformat(text) if text[:1].isdigit() else parsedate_to_datetime(text)
             seconds = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - utc_now
     except (ValueError, TypeError, OverflowError):
         return None
@@ -1658,22 +1571,21 @@ def seconds_in(text: str, utc_now: float) -> float | None:
 
 def read_usage(body: Any, shape: str) -> Usage | None:
     """Tokens that a reply says it used, in any family's words; None if it does not say."""
-    usage = as_dict(as_dict(body).get(SHAPES[shape].usage))
-
-    def count(names: str, source: dict[str, Any] = usage) -> int:
-        counts = [source.get(name) for name in names.split()]
-        return sum(c for c in counts if isinstance(c, int) and not isinstance(c, bool) and 0 < c < MOST)
-
-    for prompt, output in USAGE_FIELDS.items():
-        if count(prompt) or count(output):
-            details = {**as_dict(usage.get("prompt_tokens_details")), **as_dict(usage.get("input_tokens_details"))}
-            return Usage(count(prompt), count(output), count(CACHED_FIELDS) or count(CACHED_FIELDS, details))
-    return None
+    usage = only(dict, only(dict, body).get(SHAPES[shape].usage))
+    counts = {name: count for name, count in usage.items() if type(count) is int and 0 < count < MOST}
+    details = only(dict, usage.get("prompt_tokens_details") or usage.get("input_tokens_details"))
+    prompt, output, cached = (
+        next((n for family in fields.split("|") if (n := sum(counts.get(name, 0) for name in family.split()))), 0)
+        for fields in USAGE_FIELDS
+    )
+    cached = cached or max(0, only(int, details.get("cached_tokens")))
+    prompt = prompt or max(0, counts.get("total_tokens", 0) - output)
+    return Usage(prompt, output, min(cached, prompt)) if prompt or output else None
 
 
 def retry_delay(attempt: int, rng: random.Random) -> float:
     """Seconds until a failed attempt (from 1) is tried again: exponential with full jitter, capped."""
-    return rng.uniform(0.0, min(LAST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2.0 ** min(attempt - 1, 30)))
+    return rng.uniform(0.0, min(LONGEST_RETRY_SECONDS, 2.0 ** min(attempt - 1, 30)))
 
 
 # ==== 6 record: one line, written whole, once =========================================================================
@@ -1683,21 +1595,20 @@ MAX_NESTING = 500  # levels: what can be read can be written, whatever the Pytho
 IDENTITY_BYTES, BUCKETS, BLOCK = 12, 4096, 1 << 20
 DIGITS = bytes.maketrans(b"123456789[:- \t\r\n", b"000000000,,,,,,,")
 LONG_INTEGER = b"," + b"0" * 19  # after DIGITS: may be beyond 64 bits, which orjson makes a float
+PRIVATE = partial(os.open, mode=0o600)  # opener of files that only their owner can read
 
 
-class ResultsLost(Exception):
+class ResultsLost(Exception):  # noqa: N818 - it is no error of this program
     """Results cannot be recorded any more: the run stops with exit code 3; the text is the message."""
 
 
 def finite(text: str) -> float:
-    """Float of a JSON number; ValueError for what is none."""
+    """Float of a JSON number; ValueError for NaN and what is beyond a double."""
     if not math.isfinite(number := float(text)):
         raise ValueError(f"{text[:40]} is no JSON number that a double can hold")
     return number
 
 
-STYLE: Any = {"ensure_ascii": False, "check_circular": False, "allow_nan": False, "separators": (",", ":")}
-ENCODE = [json.JSONEncoder(sort_keys=sort_keys, **STYLE).encode for sort_keys in (False, True)]
 DECODE = json.JSONDecoder(parse_float=finite, parse_constant=finite).decode
 
 
@@ -1708,32 +1619,27 @@ def loads(data: bytes | str) -> Any:
         with contextlib.suppress(ValueError):  # a lone surrogate, or an error that the standard library words better
             value = orjson.loads(data)
     try:
-        value = DECODE(data.decode()) if value is None else value
+        level = [value := DECODE(data.decode()) if value is None else value]
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.msg} (character {error.pos + 1})") from None
     except RecursionError:
         raise ValueError("nested too deep") from None
     if data.count(b"[") + data.count(b"{") > MAX_NESTING:
-        level = [value]
         for _ in range(MAX_NESTING):
-            nodes = (
-                node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list)
-            )
-            level = [child for node in nodes for child in node]
-        if level:
+            level = [node for node in level if isinstance(node, dict | list)]
+            level = list(chain.from_iterable(node.values() if isinstance(node, dict) else node for node in level))
+        if any(isinstance(node, dict | list) for node in level):
             raise ValueError("nested too deep")
     return value
 
 
 def dumps(value: Any, *, sort_keys: bool = False) -> bytes:
-    """One line of JSON in UTF-8, a lone surrogate as its escape. ValueError for too deep nesting."""
+    """One line of JSON in UTF-8, a lone surrogate as its escape; whatever loads gave can be written."""
     if orjson is not None:
         with contextlib.suppress(TypeError):  # integers beyond 64 bits, lone surrogates, deep nesting
             return orjson.dumps(value, option=orjson.OPT_SORT_KEYS if sort_keys else None)
-    try:
-        return ENCODE[sort_keys](value).encode(errors="backslashreplace")  # subtle: Python's \ud800 is also JSON's
-    except RecursionError:
-        raise ValueError("nested too deep") from None
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=sort_keys, separators=(",", ":"))
+    return text.encode(errors="backslashreplace")  # subtle: Python's escape of a surrogate is also JSON's
 
 
 def identity(body: Any, metadata: Any) -> bytes:
@@ -1745,77 +1651,79 @@ def read_result(line: bytes) -> tuple[bytes, bool] | None:
     """Identity and success of a result line, also of the cookbook script's; None if it is none."""
     with contextlib.suppress(ValueError):
         match loads(line):
-            case [dict() | str() as body, second, *rest] if len(rest) < 3 and isinstance(second, list | type(body)):
-                return identity(body, rest[0] if rest else None), not isinstance(second, list)
+            case [dict() | str() as body, outcome, *rest] if len(rest) <= 2:
+                if isinstance(body, dict) or isinstance(outcome, list):
+                    return identity(body, rest[0] if rest else None), not isinstance(outcome, list)
     return None
 
 
-def create(path: str, flags: int) -> int:
-    """Descriptor of a file that only its owner can read."""
-    flags |= getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
-    return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o600)
-
-
-def free_name(path: str, what: str) -> str:
-    """'results.jsonl' -> 'results.20261121T034500Z.jsonl', or the next one that is free."""
-    stem = f"{path.removesuffix('.jsonl')}{what}.{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-    return next(name for n in count() if not os.path.lexists(name := f"{stem}{f'.{n}' if n else ''}.jsonl"))
-
-
-def guard(path: str, requests_path: str | int) -> None:
-    """UsageError for a results file that must not be touched."""
-    folder, problem = os.path.dirname(path), ""
-    try:
-        if not os.path.isdir(folder):
-            problem = f"its folder does not exist, mkdir -p '{folder}' creates it"
-        elif not os.access(folder, os.W_OK | os.X_OK):
-            problem = "no permission to create files in its folder"
-        elif os.path.exists(path) and not os.path.isfile(path):
-            problem = "it is no regular file"
-        elif os.path.exists(path) and os.path.exists(requests_path) and os.path.samefile(path, requests_path):
-            problem = "it is the request file too"
-        elif os.path.exists(path):
-            with open(os.open(path, os.O_RDWR | os.O_APPEND), "rb", BLOCK) as file:
-                first = next((line for line in file if not line.isspace()), b"[")
-            torn = first in b'[{["' or (not first.endswith(b"\n") and first.startswith((b"[{", b'["')))
-            if not torn and read_result(first) is None:
-                problem = f"its first line is no result line, it begins {first[:60].decode(errors='replace')!r}"
-    except OSError as error:
-        problem = f"it cannot be used ({error.strerror})"
-    if problem:
-        raise UsageError(f"results file {path}: {problem}. Nothing was touched; or choose another --save_filepath")
+def beside(path: Path, what: str) -> Path:
+    """A free name: 'results.jsonl' -> 'results.20261121T034500Z.jsonl'."""
+    stem = f"{path.name.removesuffix('.jsonl')}{what}.{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    names = (path.with_name(f"{stem}{f'.{n}' if n else ''}.jsonl") for n in count())
+    return next(name for name in names if not name.exists())
 
 
 @contextlib.contextmanager
-def locked(path: str) -> Iterator[str]:
+def explained(kind: type[Exception], problem: str, advice: str) -> Iterator[None]:
+    """Turn an error of the file system into one that tells what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{problem} ({error.strerror}). {advice}") from None
+
+
+def guard(path: Path, requests: Path) -> None:
+    """UsageError for a results file that must not be touched."""
+    problem = ""
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        problem = f"its folder is missing (then: mkdir -p '{path.parent}') or not writable"
+    elif path.exists() and not path.is_file():
+        problem = "it is no regular file"
+    elif path.exists() and requests.exists() and path.samefile(requests):
+        problem = "it is the request file too"
+    elif path.exists():
+        with path.open("r+b", BLOCK) as file:
+            first = next((line for line in file if not line.isspace()), b"[")
+        torn = first == b"[" or (not first.endswith(b"\n") and first.startswith((b"[{", b'["')))
+        with contextlib.suppress(ValueError):
+            loads(first)
+            torn = False  # it is complete
+        if not torn and read_result(first) is None:
+            problem = f"its first line is no result line, it begins {first[:60].decode(errors='replace')!r}"
+    if problem:
+        raise UsageError(f"Results file {path}: {problem}. Nothing was touched; or choose another --save_filepath.")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[str]:
     """Hold the lock file, with our pid in it. Gives a notice if the file system has no locks."""
-    with open(create(path, 0), "r+") as file:
-        notice = ""
+    notice = ""
+    with open(path, "a+", opener=PRIVATE) as file:
         try:
             if sys.platform == "win32":
                 import msvcrt
 
                 os.lseek(file.fileno(), BLOCK, os.SEEK_SET)  # subtle: locked bytes are unreadable, the pid must not be
                 msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-                os.lseek(file.fileno(), 0, os.SEEK_SET)
             else:
                 import fcntl
 
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            text = f"process {file.read().strip() or '(just starting)'} is writing these results (it holds {path})"
-            raise UsageError(f"{text}. Wait until it ends, or choose another --save_filepath") from None
+            holder = (
+                f"Process {path.read_text().strip() or '(just starting)'} is writing these results (it holds {path})"
+            )
+            raise UsageError(f"{holder}. Wait until it ends, or choose another --save_filepath.") from None
         except OSError as error:
             notice = f"No locks on this file system ({error.strerror}): start no second process for these results."
-        if os.path.exists(path) and os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
-            file.truncate()
-            file.write(f"{os.getpid()}\n")
-            file.flush()
+        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            path.write_text(f"{os.getpid()}\n")
             try:
                 yield notice
             finally:
                 with contextlib.suppress(OSError):  # removed while it is held: never a newer one
-                    os.unlink(path)
+                    path.unlink()
             return
     with locked(path) as notice:  # its former holder has just removed it
         yield notice
@@ -1824,62 +1732,57 @@ def locked(path: str) -> Iterator[str]:
 class ResultsFile:
     """The results file, which is the checkpoint too: it loses nothing and has nothing twice.
 
-    finished_before, failed_before, unreadable: lines that it had; foreign: finished ones that no request asked for, known
-    after finish; notices: what the user should be told.
+    finished_before, failed_before, unreadable: lines that it had. foreign: finished, but not asked for; after finish.
     """
 
     def __init__(self, path: str, requests_path: str = "", *, restart: bool = False) -> None:
         """Guard, lock, read and repair the file; UsageError if that cannot be."""
-        self.path = path = os.path.realpath(path)
-        self.finished_before = self.failed_before = self.unreadable = self.foreign = 0
+        self.path = Path(os.path.realpath(path))
+        self.finished_before = self.failed_before = self.unreadable = self.foreign = self._old_lines = 0
         self._finished = [bytearray() for _ in range(BUCKETS)]  # identities end to end: a fifth of the size of a set
         self._failed: set[bytes] = set()
-        self._queue: list[bytes] = []
-        guard(path, 0 if requests_path == "-" else requests_path)
-        try:
-            with contextlib.ExitStack() as stack:
-                self.notices = list(filter(None, [stack.enter_context(locked(path + ".lock"))]))
-                if restart and os.path.exists(path):
-                    os.rename(path, kept := free_name(path, ""))
-                    self.notices.append(f"The former results are kept as {kept}.")
-                self._file = stack.enter_context(open(create(path, os.O_APPEND), "r+b", buffering=0))
-                self._old_size = self._size = self._read()
-                with contextlib.suppress(OSError):
-                    os.chmod(path, 0o600)
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path + ".rewrite")
-                self._held = stack.pop_all()
-        except OSError as error:
-            raise UsageError(f"results file {path}: {error}. Choose another --save_filepath") from None
-
-    def _bucket(self, identity: bytes) -> bytearray:
-        return self._finished[identity[0] << 4 | identity[1] >> 4]
+        self._queue = bytearray()
+        problem, advice = f"The results file {path} cannot be used", "Choose another --save_filepath."
+        with explained(UsageError, problem, advice), contextlib.ExitStack() as stack:
+            guard(self.path, Path("/dev/stdin" if requests_path == "-" else requests_path))
+            self.notices = list(filter(None, [stack.enter_context(locked(Path(f"{self.path}.lock")))]))
+            if restart and self.path.exists():
+                self.notices.append(f"The former results are kept as {self.path.rename(beside(self.path, ''))}.")
+            self._file = stack.enter_context(open(self.path, "a+b", buffering=0, opener=PRIVATE))
+            self._size = self._read()
+            with contextlib.suppress(OSError):
+                self.path.chmod(0o600)
+                Path(f"{self.path}.rewrite").unlink()
+            self._held = stack.pop_all()
+        self.close = self._held.close
 
     def _read(self) -> int:
         """Read the old results and repair a torn end; gives the size."""
         size, line = 0, b"\n"
+        self._file.seek(0)
         with open(self._file.fileno(), "rb", BLOCK, closefd=False) as file:
             for line in file:
                 result = read_result(line)
                 if result is None and not line.endswith(b"\n"):
-                    if not self.finished_before + self.failed_before:
+                    if size == 0:
                         self._set_aside([line])
-                    self.notices.append(f"A torn last line of {len(line)} bytes was cut off.")
+                    self.notices.append(f"A torn last line was cut off{'' if size else ', it is kept as .unreadable'}.")
                     self._file.truncate(size)
                     return size
                 if result is None:
                     self.unreadable += not line.isspace()
                 elif result[1]:
                     self.finished_before += 1
-                    self._bucket(result[0]).extend(result[0])
+                    self._finished[int.from_bytes(result[0][:2]) % BUCKETS] += result[0]
                 else:
                     self.failed_before += 1
                     self._failed.add(result[0])
                 size += len(line)
+                self._old_lines += 1
         return size if line.endswith(b"\n") else size + self._file.write(b"\n")
 
     def _set_aside(self, lines: list[bytes]) -> None:
-        with open(create(self.path + ".unreadable", os.O_APPEND), "ab") as file:
+        with open(Path(f"{self.path}.unreadable"), "ab", opener=PRIVATE) as file:
             file.writelines(line.rstrip(b"\n") + b"\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
@@ -1887,104 +1790,90 @@ class ResultsFile:
     def take(self, identity: bytes) -> bool:
         """Whether this request is finished already: true once for each of its successful lines."""
         self._failed.discard(identity)  # this run replaces those lines
-        bucket = self._bucket(identity)
-        at = bucket.find(identity)
-        while at > 0 and at % IDENTITY_BYTES:  # subtle: the end of one and the beginning of the next
-            at = bucket.find(identity, at + 1)
-        if at >= 0:
+        bucket = self._finished[int.from_bytes(identity[:2]) % BUCKETS]
+        if (at := bucket.find(identity)) >= 0:
             del bucket[at : at + IDENTITY_BYTES]
         return at >= 0
 
     def write(self, body: Any, outcome: Any, metadata: Any = None, details: Any = None) -> None:
         """Queue one result line. outcome: the response, or the list of errors."""
         width = 4 if details is not None else 3 if metadata is not None else 2
-        self._queue.append(dumps([body, outcome, metadata, details][:width]) + b"\n")
+        self._queue += dumps([body, outcome, metadata, details][:width]) + b"\n"
 
     def flush(self) -> None:
         """Write the queued lines, each whole or not at all; after ResultsLost the rest is still queued."""
         if not self._queue:
             return
         self.check()
-        data, done = b"".join(self._queue), 0
-        try:
-            while done < len(data):
-                done += self._file.write(data[done:])
-        except OSError as error:
-            done = data.rfind(b"\n", 0, done) + 1
-            with contextlib.suppress(OSError):
-                self._file.truncate(self._size + done)
-            text = f"{self.path} cannot be written ({error.strerror}), the last results are not recorded"
-            raise ResultsLost(f"{text}. Make room, then start again with the same files to continue.") from None
-        finally:
-            self._size += done
-            del self._queue[: data.count(b"\n", 0, done)]
+        data, done = bytes(self._queue), 0
+        advice = "The last results are not recorded: make room, then start again with the same files to continue."
+        with explained(ResultsLost, f"{self.path} cannot be written", advice):
+            try:
+                while done < len(data):
+                    done += self._file.write(data[done:])
+            finally:
+                done = data.rfind(b"\n", 0, done) + 1
+                self._size += done
+                del self._queue[:done]
+                if self._queue:
+                    self._file.truncate(self._size)
 
     def check(self) -> None:
         """ResultsLost if the file is not there as we left it; what is held goes on under a second name."""
-        size, folder, name = os.fstat(self._file.fileno()).st_size, *os.path.split(self.path)
-        same = os.path.exists(self.path) and os.stat(self.path).st_ino == os.fstat(self._file.fileno()).st_ino
-        if same and size >= self._size:
-            self._size = size
+        now, same = os.fstat(self._file.fileno()), False
+        with contextlib.suppress(FileNotFoundError):
+            same = self.path.stat().st_ino == now.st_ino
+        if same and now.st_size >= self._size:
+            self._size = now.st_size
             return
-        rescue = free_name(os.path.join(folder if os.path.isdir(folder) else tempfile.gettempdir(), name), ".rescued")
-        text = f"{self.path} was {'truncated' if same else 'deleted or replaced'} by someone during the run"
-        try:
-            target = self._held.enter_context(open(create(rescue, os.O_APPEND | os.O_EXCL), "r+b", buffering=0))
-            target.write(b"\n" if same else b"")  # subtle: the truncated file may end within a line
-            self._file.seek(0, os.SEEK_END if same else os.SEEK_SET)
-            shutil.copyfileobj(self._file, target, BLOCK)
-        except OSError as error:
-            raise ResultsLost(f"{text}, and there is no room for {rescue} ({error.strerror}).") from None
+        place = self.path if self.path.parent.is_dir() else Path(tempfile.gettempdir(), self.path.name)
+        rescue = beside(place, ".rescued")
+        problem = f"{self.path} was {'truncated' if same else 'deleted or replaced'} by someone during the run"
+        with explained(ResultsLost, f"{problem}, and {rescue} cannot be written", "Make room and start again."):
+            with open(rescue, "xb", opener=PRIVATE) as copy:
+                copy.write(b"\n" if same else b"")  # subtle: the truncated file may end within a line
+                self._file.seek(0, os.SEEK_END if same else os.SEEK_SET)
+                shutil.copyfileobj(self._file, copy, BLOCK)
+            self._file = self._held.enter_context(rescue.open("a+b", buffering=0))
         advice = f"cat '{rescue}' >> '{self.path}'" if same else f"mv '{rescue}' '{self.path}' (look what is there now)"
-        self._file, self.path, self._size, self._old_size = target, rescue, os.fstat(target.fileno()).st_size, 0
-        raise ResultsLost(f"{text}; what is still held goes to {rescue}. To continue: {advice}, then start again.")
+        self.path, self._size, self._old_lines = rescue, rescue.stat().st_size, 0
+        raise ResultsLost(f"{problem}; what is still held goes to {rescue}. To continue: {advice}, then start again.")
 
     def finish(self, *, whole: bool, limited: bool = False) -> None:
         """End the run. whole: every request was read and has its line; limited: only those at the head were read."""
-        try:
+        problem = f"All results are in {self.path}, but old failed lines could not be dropped"
+        with self._held, explained(ResultsLost, problem, "Make room, then start again with the same files."):
             self.flush()
             self.check()
             os.fsync(self._file.fileno())
-            if whole:
-                self.foreign = 0 if limited else sum(map(len, self._finished)) // IDENTITY_BYTES
-            if whole and self._old_size and self.failed_before + self.unreadable:
+            if whole and not limited:
+                self.foreign = sum(map(len, self._finished)) // IDENTITY_BYTES
+            if whole and self._old_lines > self.finished_before:
                 self._rewrite(self._failed if limited else set())
-        except OSError as error:
-            text = f"all results are in {self.path}, but old failed lines could not be dropped ({error.strerror})"
-            raise ResultsLost(f"{text}. Make room, then start again with the same files.") from None
-        finally:
-            self.close()
 
     def _rewrite(self, staying: set[bytes]) -> None:
         """Drop the old failed lines, but those staying, and the unreadable ones: at once or not at all."""
-        unreadable, copy = [], self.path + ".rewrite"
+        unreadable, new = [], Path(f"{self.path}.rewrite")
         self._file.seek(0)
-        with open(create(copy, os.O_TRUNC), "wb", BLOCK) as target:
-            with open(self._file.fileno(), "rb", BLOCK, closefd=False) as source:
-                while source.tell() < self._old_size:
-                    line = source.readline()
-                    result = read_result(line)
-                    if result is not None and (result[1] or result[0] in staying):
-                        target.write(line)
-                    elif result is None and not line.isspace():
-                        unreadable.append(line)
-                shutil.copyfileobj(source, target, BLOCK)
+        with open(self._file.fileno(), "rb", BLOCK, closefd=False) as old, open(new, "wb", opener=PRIVATE) as target:
+            for line in islice(old, self._old_lines):
+                result = read_result(line)
+                if result is not None and (result[1] or result[0] in staying):
+                    target.write(line)
+                elif result is None and not line.isspace():
+                    unreadable.append(line)
+            shutil.copyfileobj(old, target, BLOCK)
             target.flush()
             os.fsync(target.fileno())
-        self._set_aside(unreadable)
+        if unreadable:
+            self._set_aside(unreadable)
         self._file.close()  # for Windows
-        os.replace(copy, self.path)
-
-    def close(self) -> None:
-        """Let go of the file and its lock."""
-        self._held.close()
+        new.replace(self.path)
 
 
 # ==== 7 report: counts, progress, summary =============================================================================
 
-
-LINE_SECONDS = 5.0  # between two lines of progress
-BAR_SECONDS = 0.25  # between two pictures of the bar
+PROGRESS = {"bar": 0.25, "lines": 5.0, "none": math.inf}  # seconds between two looks
 
 
 @dataclass(slots=True)
@@ -2032,47 +1921,39 @@ class Reporter:
     """Shows a run: a bar on a terminal, a line every few seconds elsewhere."""
 
     def __init__(self, mode: str) -> None:
-        self.console: Any = None
         self.live: Any = None
-        if mode == "bar" or (mode == "auto" and sys.stderr.isatty()):
+        terminal = sys.stderr is not None and sys.stderr.isatty()
+        if mode == "bar" or (mode == "auto" and terminal):
             with contextlib.suppress(ImportError):  # without rich: lines
                 from rich.console import Console
                 from rich.live import Live
 
-                self.console = Console(stderr=True)
-                self.live = Live(console=self.console, auto_refresh=False)
+                self.live = Live(console=Console(stderr=True), auto_refresh=False, vertical_overflow="crop")
                 self.live.start()
-        self.every = BAR_SECONDS if self.live else math.inf if mode == "none" else LINE_SECONDS
+        self.every = PROGRESS["bar" if self.live else "lines" if mode == "auto" else mode.replace("bar", "lines")]
         self.next_time = -math.inf if self.live else 0.0
         self.history: deque[tuple[float, int]] = deque(maxlen=60)  # (time, requests done), for the time left
 
     def update(self, run: Run, now: float) -> float:
         """Show the state if it is time; gives the time of the next look."""
-        if now >= self.next_time < self.every:
+        if now >= self.next_time and self.every < math.inf:
             self.history.append((now, run.tally.succeeded + run.tally.failed))
             if self.live:
                 self.live.update(self.picture(run, now), refresh=True)
             elif self.next_time:
                 LOGGER.info("%s", ", ".join(self.words(run, now)))
             self.next_time = now + self.every
-        return self.next_time if self.every < math.inf else math.inf
+        return max(self.next_time, now) if self.every < math.inf else math.inf
 
     def words(self, run: Run, now: float) -> list[str]:
         """Say where a run stands, the most important first."""
-        tally, settings = run.tally, run.settings
-        rates = [e.pacer.last_minute() for e in run.endpoints]
-        words = [
-            f"{tally.succeeded + tally.finished_before:,} done",
-            f"{tally.failed:,} failed",
-            f"{len(run.in_flight):,} in flight",
-            f"{len(run.retries) + len(run.limbo):,} to retry",
-        ]
-        for name, budget, used in zip(
-            ("requests", "tokens"), settings.budgets, map(sum, zip(*rates, strict=True)), strict=True
-        ):
-            words.append(f"{used:,.0f}{f' of {budget:,.0f}' if budget else ''} {name}/min")
-        if tally.spent:
-            words.append(f"spent {tally.spent:,.4f}")
+        tally, settings, waiting = run.tally, run.settings, len(run.retries) + len(run.limbo)
+        words = [f"{tally.succeeded + tally.finished_before:,} done", f"{tally.failed:,} failed"]
+        words += [f"{len(run.in_flight):,} in flight", f"{waiting:,} to retry"]
+        used = map(sum, zip(*(endpoint.pacer.last_minute() for endpoint in run.endpoints), strict=True))
+        for name, budget, amount in zip(("requests", "tokens"), settings.budgets, used, strict=True):
+            words.append(f"{amount:,.0f}{f' of {budget:,.0f}' if budget else ''} {name}/min")
+        words += [f"spent {tally.spent:,.4f}"] if tally.spent else []
         (then, done_then), (_, done) = self.history[0], self.history[-1]
         if run.stopped_by and run.in_flight:
             oldest = next(iter(run.in_flight.values()))[0].started
@@ -2122,27 +2003,36 @@ def summarize(run: Run) -> list[str]:
     """Say at the end what happened, where the results are and what to do about failures."""
     tally, minutes = run.tally, max(run.tally.seconds / 60, 1.0)
     tokens = tally.prompt_tokens + tally.output_tokens
-    lines = [
-        f"{tally.succeeded:,} succeeded, {tally.failed:,} failed, {tally.finished_before:,} were finished before; "
-        f"{tally.calls:,} calls in {duration(tally.seconds)}, {tally.refused / max(1, tally.calls):.1%} of them refused."
-    ]
-    if tally.kinds:
-        lines.append(
-            f"Attempts without success: {', '.join(f'{n:,} {kind}' for kind, n in tally.kinds.most_common())}."
-        )
+    lines = [f"{tally.succeeded:,} succeeded, {tally.failed:,} failed, {tally.finished_before:,} were finished before."]
+    lines += [f"{tally.calls:,} calls in {duration(tally.seconds)}, {tally.refused / max(1, tally.calls):.1%} refused."]
+    kinds = ", ".join(f"{times:,} {kind}" for kind, times in tally.kinds.most_common())
+    lines += [f"Attempts without success: {kinds}."] if kinds else []
     if tally.answer_lost or tally.never_sent:
         lines.append(f"Sent, answer lost (perhaps billed): {tally.answer_lost:,}. Never sent: {tally.never_sent:,}.")
-    if tokens:
-        cached = f" ({tally.cached_tokens:,} of them cached)" if tally.cached_tokens else ""
-        lines.append(f"Tokens: {tally.prompt_tokens:,} in{cached}, {tally.output_tokens:,} out.")
+    cached = f" ({tally.cached_tokens:,} of them cached)" if tally.cached_tokens else ""
+    lines += [f"Tokens: {tally.prompt_tokens:,} in{cached}, {tally.output_tokens:,} out."] if tokens else []
+    lines += [f"Spent: {tally.spent:,.4f}."] if tally.spent else []
     for name, budget, used in zip(("requests", "tokens"), run.settings.budgets, (tally.calls, tokens), strict=True):
-        if budget:
-            lines.append(f"Budget of {budget:,.0f} {name} a minute: {used / minutes / budget:.0%} used.")
-    lines += [words for e in run.endpoints if (words := e.pacer.describe())] + run.learned.describe()
-    lines.append(f"Results: {run.settings.results_path}")
+        lines += [f"Budget of {budget:,.0f} {name} a minute: {used / minutes / budget:.0%} used."] if budget else []
+    lines += [words for endpoint in run.endpoints if (words := endpoint.pacer.describe())] + run.learned.describe()
+    lines.append(f"Results: {run.results.path}")
     if tally.failed:
         lines.append("Failed lines hold their reasons. The same command tries them again; --save_details tells more.")
     return lines
+
+
+class ConsoleHandler(logging.Handler):
+    """Log lines on standard error, above the bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line."""
+        complain(f"{time.strftime('%H:%M:%S')} {record.getMessage()}")
+
+
+def complain(text: str) -> None:
+    """Print a line on standard error, whatever the logging level; a vanished terminal is no error."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(text, file=sys.stderr, flush=True)
 
 
 # ==== command line ====================================================================================================
@@ -2161,10 +2051,10 @@ async def process_api_requests_from_file(requests_filepath: str, **settings: Any
 
 
 async def run_job(settings: Settings, *, main_program: bool = False) -> Tally:
-    """Check and open everything, run the loop, tidy up."""
+    """Check and open everything, run the loop, tidy up. The main program also hears signals."""
     settings.check()
-    secrets, wake, loop = Secrets(), asyncio.Event(), asyncio.get_running_loop()
-    with contextlib.ExitStack() as stack:
+    secrets, wake, loop, began = Secrets(), asyncio.Event(), asyncio.get_running_loop(), time.monotonic()
+    async with contextlib.AsyncExitStack() as stack:
         LOGGER.addFilter(secrets)
         stack.callback(LOGGER.removeFilter, secrets)
         endpoint = make_endpoint(settings, secrets)
@@ -2172,34 +2062,25 @@ async def run_job(settings: Settings, *, main_program: bool = False) -> Tally:
         reader = open_requests(settings, endpoint, tokenizer, lambda: loop.call_soon_threadsafe(wake.set))
         if settings.dry_run:
             return await dry_run(settings, reader, endpoint)
-        results = ResultsFile(settings.results_path, requests_path=settings.requests_filepath, restart=settings.restart)
+        results = ResultsFile(settings.results_path, settings.requests_filepath, restart=settings.restart)
         stack.callback(results.close)
         run = Run(settings, reader, [endpoint], results, Reporter(settings.progress), wake)
         stack.callback(run.reporter.close)
         if main_program:
             stack.enter_context(signals_noticed(run))
-        await run_with_sessions(run)
-        finish(run)
-        return run.tally
-
-
-async def run_with_sessions(run: Run) -> None:
-    """Run the loop with open sessions; leave nothing in flight behind."""
-    began = time.monotonic()
-    timeout = aiohttp.ClientTimeout(total=run.settings.request_timeout, sock_connect=CONNECT_SECONDS)
-    async with contextlib.AsyncExitStack() as stack:
-        for endpoint in run.endpoints:
-            connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300)
-            session = aiohttp.ClientSession(connector=connector, timeout=timeout, cookie_jar=aiohttp.DummyCookieJar())
-            endpoint.session = await stack.enter_async_context(session)
+        for notice in results.notices:
+            LOGGER.warning("%s", notice)
+        await endpoint.open(stack, settings.request_timeout)
         try:
-            await process_requests(run)
+            await run.process_requests()
         finally:
             tasks = [task for _, task in run.in_flight.values()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            run.tally.seconds = time.monotonic() - began
+        run.tally.seconds = time.monotonic() - began
+        finish(run)
+        return run.tally
 
 
 def finish(run: Run) -> None:
@@ -2224,8 +2105,7 @@ def signals_noticed(run: Run) -> Iterator[None]:
     loop = asyncio.get_running_loop()
 
     def notice(number: int) -> None:
-        run.force = bool(run.signal)
-        run.signal = run.signal or number
+        run.signal, run.force = run.signal or number, bool(run.signal)
         run.wake.set()
 
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -2241,22 +2121,21 @@ def signals_noticed(run: Run) -> Iterator[None]:
 
 def make_endpoint(settings: Settings, secrets: Secrets) -> Endpoint:
     """Find the provider, its key and its rules; refuse what cannot work or is not safe."""
-    url = settings.request_url.strip()
-    parts = urlsplit(url)
+    parts = urlsplit(settings.request_url.strip())
     host = parts.hostname or ""
     if parts.scheme not in ("http", "https") or not host:
         raise UsageError("--request_url is no http(s) address such as https://api.openai.com/v1/chat/completions")
     if parts.path in ("", "/") or parts.path.rstrip("/").endswith("/v1"):
         parts = parts._replace(path=parts.path.rstrip("/") + "/chat/completions")
-        url = urlunsplit(parts)
         LOGGER.warning("--request_url names no endpoint: sending to %s", parts.path)
+    url = urlunsplit(parts)
     provider = find_provider(url, settings.provider)
-    key, source = find_key(settings, provider)
-    open_network = not is_private(host)
-    if not key and open_network and not settings.dry_run:
-        names = settings.api_key_env or " or ".join(provider.key_env)
-        raise UsageError(f"no key for {host}: export {names}, or name another variable with --api_key_env")
-    if key and parts.scheme == "http" and open_network and not settings.allow_plain_http:
+    names = [settings.api_key_env] if settings.api_key_env else provider.key_env
+    keys = {"--api_key": settings.api_key.strip()} | {name: os.environ.get(name, "").strip() for name in names}
+    source, key = next(((source, key) for source, key in keys.items() if key), ("", ""))
+    if not key and not is_private(host) and not settings.dry_run:
+        raise UsageError(f"no key for {host}: export {' or '.join(names)}, or name another variable with --api_key_env")
+    if key and parts.scheme == "http" and not is_private(host) and not settings.allow_plain_http:
         raise UsageError(f"http would show the key to everybody on the way to {host}: use https, or --allow_plain_http")
     if not (key.isascii() and key.isprintable()):
         raise UsageError(f"the key from {source} holds characters that no key has, a line break perhaps: copy it again")
@@ -2271,31 +2150,16 @@ def make_endpoint(settings: Settings, secrets: Secrets) -> Endpoint:
         if not colon or not name:
             raise UsageError("--request_header has no colon; write 'Name: value'")
         headers[name] = value
-        secrets.add(value.removeprefix("Bearer ") if SECRET_NAMES.search(name) else "")
+        secrets.add(
+            value.removeprefix("Bearer ") if re.search("auth|key|token|secret|cookie", name, re.IGNORECASE) else ""
+        )
     wanted = settings.max_concurrent_requests or MOST_CONCURRENT
     allowed = open_files_for(wanted)
-    if allowed < min(wanted, FEW_CONCURRENT):
+    if allowed < min(wanted, MOST_CONCURRENT // 2):
         LOGGER.warning("Open files are limited to at most %d requests in flight; `ulimit -n` raises that.", allowed)
-    pacer = Pacer(
-        *settings.budgets,
-        allowed,
-        settings.seconds_to_sleep_each_loop,
-        per_second=provider.per_second,
-        concurrency_hint=provider.concurrency,
-    )
-    max_bytes = int(settings.max_reply_megabytes * 2**20)
-    shape = find_shape(parts.path, provider)
+    pacer = Pacer(*settings.budgets, allowed, settings.seconds_to_sleep_each_loop)
+    shape, max_bytes = find_shape(parts.path, provider), int(settings.max_reply_megabytes * 2**20)
     return Endpoint(url, provider, shape, key, headers, pacer, find_proxy(url, secrets), max_bytes, secrets)
-
-
-def find_key(settings: Settings, provider: Provider) -> tuple[str, str]:
-    """The key and where it came from: the flag, the variable that a flag names, the provider's usual ones."""
-    if settings.api_key:
-        return settings.api_key.strip(), "--api_key"
-    for name in [settings.api_key_env] if settings.api_key_env else provider.key_env:
-        if key := os.environ.get(name, "").strip():
-            return key, name
-    return "", ""
 
 
 def is_private(host: str, *, loopback_only: bool = False) -> bool:
@@ -2307,26 +2171,23 @@ def is_private(host: str, *, loopback_only: bool = False) -> bool:
     return address.is_loopback or (address.is_private and not loopback_only)
 
 
-def open_requests(settings: Settings, endpoint: Endpoint, tokenizer: Tokenizer, wake: Callable[[], object]) -> Reader:
-    """Open the request file or standard input."""
+def open_requests(settings: Settings, endpoint: Endpoint, tokens: Tokenizer, wake: Callable[[], object]) -> Reader:
+    """Open the request file, or standard input."""
     path = settings.requests_filepath
     try:
-        if path != "-" and os.path.isfile(path):
-            lines: FileLines | StreamLines = FileLines(path)
-        else:
-            lines = StreamLines(sys.stdin.buffer if path == "-" else open(path, "rb"), wake)
+        file = sys.stdin.buffer if path == "-" else open(path, "rb", buffering=1 << 20)
     except OSError as error:
-        reason = f"cannot be read ({error.strerror}); check --requests_filepath"
-        raise UsageError(f"the request file {path} {reason}") from None
-    return Reader(lines, endpoint, tokenizer, settings.limit, wake)
+        raise UsageError(
+            f"the request file {path} cannot be read ({error.strerror}); see --requests_filepath"
+        ) from None
+    return Reader(file, endpoint, tokens, settings.limit, wake)
 
 
 async def dry_run(settings: Settings, reader: Reader, endpoint: Endpoint) -> Tally:
     """Read and count everything, print what a run would mean. Nothing is sent, locked or written."""
-    tally, learned, prompt, output = Tally(), LearnedTokens(), 0, 0
+    tally, learned = Tally(), LearnedTokens()
     while not reader.ended:
-        request = reader.next(time.monotonic())
-        if request is None:
+        if (request := reader.next(time.monotonic())) is None:
             await asyncio.sleep(0.01)
             continue
         tally.read += 1
@@ -2334,21 +2195,20 @@ async def dry_run(settings: Settings, reader: Reader, endpoint: Endpoint) -> Tal
             tally.failed = tally.bad_lines = tally.bad_lines + 1
             print(request.problem)
             continue
-        reader.estimate(request)
-        cost = learned.cost(request.model, request.estimate or Estimate(0, 0))
-        prompt, output = prompt + cost.prompt, output + cost.expected - cost.prompt
-    good = tally.read - tally.bad_lines
-    wanted = zip((good, prompt + output), settings.budgets, strict=True)
+        cost = learned.cost(request.model, reader.estimate(request))
+        tally.prompt_tokens += cost.prompt
+        tally.output_tokens += cost.expected - cost.prompt
+    good, tokens = tally.read - tally.bad_lines, tally.prompt_tokens + tally.output_tokens
+    wanted = zip((good, tokens), settings.budgets, strict=True)
     minutes = max(amount / budget if budget else 0.0 for amount, budget in wanted)
     print(f"{good:,} requests can be sent, {tally.bad_lines:,} lines cannot.")
-    print(f"About {prompt:,} tokens in and {output:,} out (a guess until replies tell).")
+    print(f"About {tally.prompt_tokens:,} tokens in and {tally.output_tokens:,} out (a guess until replies tell).")
     print(
         f"The limits given take {duration(minutes * 60)} for that." if minutes else "No limits given: a run finds out."
     )
-    if endpoint.provider.limits:
-        print(f"{endpoint.provider.name}: {endpoint.provider.limits}")
-    if settings.input_price or settings.output_price:
-        print(f"Expected cost: {settings.price(prompt, output):,.4f}.")
+    print(f"{endpoint.provider.name} limits {endpoint.provider.limits}.")
+    if cost_of_all := settings.price(tally.prompt_tokens, tally.output_tokens):
+        print(f"Expected cost: {cost_of_all:,.4f}.")
     tally.exit_code = 1 if tally.bad_lines else 0
     return tally
 
@@ -2368,9 +2228,9 @@ def build_parser() -> argparse.ArgumentParser:
         elif kind is tuple:
             more |= {"action": "append", "metavar": "TEXT", "default": []}
         else:
-            choices = knob.metadata.get("choices", list)()
+            choices = tuple(knob.metadata["choices"]())
             more |= {"type": kind, "required": knob.default is MISSING, "choices": choices or None}
-            more["metavar"] = None if more["choices"] else kind.__name__.upper()
+            more["metavar"] = None if choices else kind.__name__.upper()
         if kind in (int, float) or (kind is str and knob.default not in ("", MISSING)):
             more |= {"default": knob.default, "help": f"{more['help']} (default: {knob.default})".replace(".0)", ")")}
         groups[knob.metadata["station"]].add_argument(f"--{knob.name}", **more)
@@ -2381,16 +2241,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; gives its exit code."""
     words = [word.partition("=") for word in (sys.argv[1:] if argv is None else argv)]
     flags = [
-        w[:2] + w[2:].replace("-", "_") + sep + value if w.startswith("--") else w + sep + value
-        for w, sep, value in words
+        (name.replace("-", "_").replace("__", "--", 1) if name[:2] == "--" else name) + "".join(rest)
+        for name, *rest in words
     ]
     given = {name: value for name, value in vars(build_parser().parse_args(flags)).items() if value is not None}
     settings = Settings(**{**given, "request_header": tuple(given["request_header"])})
     handler = ConsoleHandler()
     LOGGER.addHandler(handler)
     try:
-        LOGGER.setLevel(settings.log_level)
-        with asyncio.Runner(loop_factory=fastest_loop()) as runner:
+        LOGGER.setLevel(int(level) if (level := settings.logging_level.upper()).isdecimal() else level)
+        with asyncio.Runner(loop_factory=getattr(uvloop, "new_event_loop", None)) as runner:
             tally = runner.run(run_job(settings, main_program=True))
     except UsageError as error:
         complain(f"Cannot start: {error}")
@@ -2404,29 +2264,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return tally.exit_code
 
 
-class ConsoleHandler(logging.Handler):
-    """Log lines on standard error, above the bar if there is one; a vanished terminal is no error."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Print one line."""
-        complain(f"{time.strftime('%H:%M:%S')} {record.getMessage()}")
-
-
-def complain(text: str) -> None:
-    """Print a line on standard error, whatever the logging level; a vanished terminal is no error."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        print(text, file=sys.stderr, flush=True)
-
-
-def fastest_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's event loop where it is installed."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
-
-
 # ==== tables: shapes of requests and replies, providers ===============================================================
 
 
@@ -2436,19 +2273,12 @@ class Shape:
 
     paths: str  # patterns of the paths that speak it
     needs: str  # fields of a request, one of which it must have
-    takes: str  # what that field is, as in FITS
-    answer: str  # the field of a reply that makes it an answer
+    takes: str  # what that field must be
+    answer: str  # the field that makes a reply an answer
     usage: str = "usage"  # the field of a reply with its tokens
 
 
-FITS: dict[str, Callable[[Any], bool]] = {
-    "a list of objects": lambda value: isinstance(value, list) and bool(value) and all(map(as_dict, value)),
-    "an object": lambda value: bool(as_dict(value)),
-    "a text, a list or an object": lambda value: (
-        isinstance(value, str) or (isinstance(value, list | dict) and bool(value))
-    ),
-}
-OBJECTS, OBJECT, ANYTHING = FITS
+OBJECTS, OBJECT, ANYTHING = "a list of objects", "an object", "a text, a list or an object"
 SHAPES = {
     "chat": Shape("*/chat/completions */gpt", "messages", OBJECTS, "choices"),
     "completions": Shape("*/completions", "prompt", ANYTHING, "choices"),
@@ -2460,17 +2290,15 @@ SHAPES = {
     "dashscope": Shape("*/api/v1/services/*", "input", OBJECT, "output"),
     "deepinfra": Shape("*/v1/inference/*", "input inputs prompt", ANYTHING, "inference_status", "inference_status"),
 }
-KEY_STARTS = {  # who gives out keys that begin so
+BEARER = "Authorization: Bearer "
+KEY_STARTS = {
     "sk-ant-": "anthropic",
     "sk-or-": "openrouter",
-    "sk-proj-": "openai",
-    "sk_": "jiekou",
     "gsk_": "groq",
     "AIza": "gemini",
-    "[0-9a-f]{32}[.]": "zhipu",
+    "[a-f0-9]{32}[.]": "zhipu",
 }
 GOOGLE_TEXTS = {"PerDay|credits are depleted": NO_MONEY, "API_KEY_INVALID|API key not valid": BAD_KEY}
-BEARER = "Authorization: Bearer "
 
 
 @dataclass(frozen=True, slots=True)
@@ -2479,23 +2307,18 @@ class Provider:
 
     name: str
     urls: str = ""  # patterns of hosts, or of host and path
-    keys: str = ""  # environment variables with the key; the first that is set counts
+    key_env: tuple[str, ...] = ()  # environment variables with the key; the first that is set counts
     limits: str = "requests and tokens per minute"
     codes: Mapping[str, Meaning] = field(default_factory=dict)  # patterns of error codes and types, "http403"
     texts: Mapping[str, Meaning] = field(default_factory=dict)  # what error messages say; comes before codes
     auth: str = BEARER
     headers: Mapping[str, str] = field(default_factory=dict)
-    native: str = ""  # the shape for which auth and headers hold; elsewhere a Bearer key does
+    native: str = ""  # the shape for which auth and headers hold; elsewhere the key is a Bearer one
     per_second: bool = False  # the minute's limits are enforced in slices of a second
     concurrency: int = 0  # in flight at once, to start with; 0 = no such limit is known
     windows: Mapping[str, str] = field(default_factory=dict)  # what its headers count by, if not by the minute
     names_model: bool = True  # a request must have "model"
-    check_key: str = ""  # what else to look at when the key is refused
-
-    @property
-    def key_env(self) -> list[str]:
-        """Environment variables with the key, the usual one first."""
-        return self.keys.split()
+    check_key: str = "what it may do"  # what to look at when the key is refused
 
     def auth_headers(self, key: str) -> dict[str, str]:
         """The headers that carry the key, with what else it wants; Entra tokens of Azure are Bearer tokens."""
@@ -2503,248 +2326,108 @@ class Provider:
         return {**self.headers, **({name: prefix + key} if name and key else {})}
 
 
-PROVIDERS = {
-    row.name: row
-    for row in (
-        Provider(
-            "azure",  # its deployment paths would fit others
-            "*.openai.azure.com *.cognitiveservices.azure.com *.services.ai.azure.com */openai/deployments/*",
-            "AZURE_OPENAI_API_KEY",
-            "requests and tokens per minute and deployment, requests in slices of 1 or 10 seconds",
-            texts={"out of call volume quota": NO_MONEY},
-            auth="api-key: ",
-            per_second=True,
-            names_model=False,
-            check_key="the key belongs to one resource: compare the host name",
-        ),
-        Provider(
-            "openai",
-            "*api.openai.com",
-            "OPENAI_API_KEY",
-            codes={
-                "insufficient_quota credit_balance_exhausted billing_hard_limit_reached billing_not_active": NO_MONEY,
-                "*_spend_limit_exceeded organization_usage_limit_exceeded": NO_MONEY,
-                "slow_down": THROTTLED,
-            },
-            texts={"resource unavailable": BUSY},
-        ),
-        Provider(
-            "dashscope",
-            "*dashscope*.aliyuncs.com *.maas.aliyuncs.com",
-            "DASHSCOPE_API_KEY",
-            "requests and tokens per minute and model, and a sixtieth of them per second",
-            {
-                "Arrearage *BillOverdue CommodityNotPurchased AllocationQuota.FreeTierOnly": NO_MONEY,
-                "Throttling* LimitRequests limit_requests limit_burst_rate insufficient_quota": THROTTLED,
-                "DataInspectionFailed data_inspection_failed": FILTERED,
-                "InvalidApiKey invalid_api_key": BAD_KEY,
-                "RequestTimeOut InternalError*": BUSY,
-            },
-            {"free (allocated |tier )?quota|free tier": NO_MONEY},
-            per_second=True,
-            check_key="each region (dashscope, dashscope-intl, a workspace) has its own keys",
-        ),
-        Provider(
-            "deepinfra",
-            "api.deepinfra.com",
-            "DEEPINFRA_TOKEN DEEPINFRA_API_KEY",
-            "200 at once per model",
-            concurrency=200,
-        ),
-        Provider(
-            "deepseek",
-            "api.deepseek.com",
-            "DEEPSEEK_API_KEY",
-            "how many at once, per account and model",
-            concurrency=500,
-        ),
-        Provider(
-            "moonshot",
-            "api.moonshot.cn api.moonshot.ai",
-            "MOONSHOT_API_KEY",
-            "how many at once, requests and tokens per minute, tokens per day, shared by all models",
-            {"exceeded_current_quota_error": NO_MONEY, "engine_overloaded_error": BUSY},
-            {r"\bTPD\b": NO_MONEY},
-            check_key="keys of api.moonshot.cn and api.moonshot.ai are not exchangeable",
-        ),
-        Provider(
-            "ark",
-            "ark.*.volces.com",
-            "ARK_API_KEY",
-            "requests and tokens per minute and endpoint, how many at once, growth",
-            {
-                "AccountOverdueError QuotaExceeded SetLimitExceeded": NO_MONEY,
-                "*RateLimitExceeded* InflightBatchsizeExceeded RequestBurstTooFast ServerOverloaded": THROTTLED,
-                "*SensitiveContentDetected* *RiskDetection*": FILTERED,
-                "InvalidParameter* OutofContextError InvalidEndpointOrModel* ModelNotOpen": REJECTED,
-            },
-        ),
-        Provider(
-            "baichuan",
-            "api.baichuan-ai.com",
-            "BAICHUAN_API_KEY",
-            "requests per minute",
-            texts={"insufficient|balance|余额|欠费": NO_MONEY},
-        ),
-        Provider(
-            "zhipu",
-            "open.bigmodel.cn api.z.ai",
-            "ZHIPUAI_API_KEY ZHIPU_API_KEY ZAI_API_KEY",
-            "how many at once per model, then requests by the minute, day, week and month",
-            {
-                "1302 1303 1305": THROTTLED,
-                "1312 1120 1230 1234 500": BUSY,
-                "1113 1304 1308 1309 1310": NO_MONEY,
-                "1000 1001 1002 1003 1004 1110 1111 1112 1121 1220": BAD_KEY,
-                "1210 1211 1212 1213 1214 1215 1261": REJECTED,
-                "1301": FILTERED,
-            },
-            concurrency=20,
-            check_key="keys of open.bigmodel.cn and api.z.ai are not exchangeable",
-        ),
-        # its FAQ: a 403 about the balance may be a rate limit
-        Provider("jiekou", "api.jiekou.ai", "JIEKOU_API_KEY", texts={"balance": THROTTLED}),
-        Provider(
-            "mistral",
-            "*.mistral.ai",
-            "MISTRAL_API_KEY",
-            "requests per second, tokens per minute and month",
-            {"3505 service_tier_capacity_exceeded": BUSY},
-            per_second=True,
-        ),
-        Provider(
-            "gemini",
-            "generativelanguage.googleapis.com",
-            "GEMINI_API_KEY GOOGLE_API_KEY",
-            "requests and tokens per minute, requests per day",
-            {"FAILED_PRECONDITION": BAD_KEY},
-            GOOGLE_TEXTS,
-            "x-goog-api-key: ",
-            native="gemini",
-        ),
-        Provider(
-            "vertex",
-            "*aiplatform.googleapis.com",
-            "VERTEX_ACCESS_TOKEN",
-            "quota, and capacity shared with others",
-            texts=GOOGLE_TEXTS,
-            names_model=False,
-            check_key="it is the output of `gcloud auth print-access-token` and lives for an hour",
-        ),
-        Provider(
-            "anthropic",
-            "api.anthropic.com",
-            "ANTHROPIC_API_KEY",
-            "requests, input tokens and output tokens per minute, growth",
-            {"billing_error": NO_MONEY},
-            {"enforced_spend_limit|credit balance is too low|usage limits": NO_MONEY},
-            "x-api-key: ",
-            {"anthropic-version": "2023-06-01"},
-            "anthropic",
-        ),
-        Provider(
-            "infinigence",
-            "cloud.infini-ai.com",
-            "INFINI_API_KEY INFINIAI_API_KEY",
-            "requests per minute and day, tokens per minute",
-        ),
-        Provider(
-            "siliconflow",
-            "api.siliconflow.cn api.siliconflow.com",
-            "SILICONFLOW_API_KEY",
-            "requests and tokens per minute and day",
-            {"30001": NO_MONEY, "50505": BUSY},
-            check_key="keys of the .cn and the .com site are not exchangeable",
-        ),
-        Provider(
-            "openrouter",
-            "openrouter.ai",
-            "OPENROUTER_API_KEY",
-            "credits; free models by the minute and day",
-            {"http403": FILTERED},
-            {"key limit|per-day": NO_MONEY},
-        ),
-        Provider(
-            "together",
-            "api.together.xyz api.together.ai",
-            "TOGETHER_API_KEY",
-            "requests and tokens per second",
-            {"http403": REJECTED},
-            per_second=True,
-            windows={"requests": "second", "tokens": "second"},
-        ),
-        Provider(
-            "groq",
-            "api.groq.com",
-            "GROQ_API_KEY",
-            "requests and tokens per minute and day",
-            texts={"try again in": THROTTLED},
-            windows={"requests": "day"},
-        ),
-        Provider(
-            "json_gateway",
-            "*/gpt */claude",
-            "GATEWAY_KEY",
-            "what the provider behind it allows",
-            auth="",
-            names_model=False,
-        ),
-        Provider("local", "", "OPENAI_API_KEY", "what the machine can do; it queues", names_model=False),
-    )
-}
+# fmt: off
+PROVIDERS = {row.name: row for row in (
+    Provider("azure", "*.openai.azure.com *.cognitiveservices.azure.com *.services.ai.azure.com */openai/deployments/*",
+        ("AZURE_OPENAI_API_KEY",), "requests and tokens per minute and deployment, in slices of 1 or 10 seconds",
+        texts={"out of call volume quota": NO_MONEY}, auth="api-key: ", per_second=True, names_model=False,
+        check_key="that it belongs to the resource in the host name"),
+    Provider("openai", "*api.openai.com", ("OPENAI_API_KEY",), codes={"slow_down": THROTTLED,
+        "insufficient_quota credit_balance_exhausted *spend_limit_exceeded *usage_limit_exceeded billing*": NO_MONEY},
+        texts={"resource unavailable": BUSY}),
+    Provider("dashscope", "*dashscope*.aliyuncs.com *.maas.aliyuncs.com", ("DASHSCOPE_API_KEY",),
+        "requests and tokens per minute and model, a sixtieth of them per second", per_second=True, codes={
+        "Arrearage *BillOverdue CommodityNotPurchased AllocationQuota.FreeTierOnly": NO_MONEY,
+        "Throttling* LimitRequests limit_requests limit_burst_rate insufficient_quota": THROTTLED,
+        "DataInspectionFailed data_inspection_failed": FILTERED, "InvalidApiKey invalid_api_key": BAD_KEY},
+        texts={"free (allocated |tier )?quota|free tier": NO_MONEY},
+        check_key="its region: dashscope, dashscope-intl and each workspace have their own keys"),
+    Provider("deepinfra", "api.deepinfra.com", ("DEEPINFRA_TOKEN", "DEEPINFRA_API_KEY"), "200 at once per model",
+        concurrency=200),
+    Provider("deepseek", "api.deepseek.com", ("DEEPSEEK_API_KEY",), "500 to 2500 at once per model", concurrency=500),
+    Provider("moonshot", "api.moonshot.cn api.moonshot.ai", ("MOONSHOT_API_KEY",),
+        "requests at once and per minute, tokens per minute and day, shared by all models",
+        {"exceeded_current_quota_error": NO_MONEY, "engine_overloaded_error": BUSY}, {r"\bTPD\b": NO_MONEY},
+        check_key="its site: keys of api.moonshot.cn and api.moonshot.ai are not exchangeable"),
+    Provider("ark", "ark.*.volces.com", ("ARK_API_KEY",), "requests and tokens per minute and endpoint, growth", {
+        "AccountOverdueError QuotaExceeded SetLimitExceeded": NO_MONEY, "*SensitiveContent* *RiskDetection*": FILTERED,
+        "*RateLimitExceeded* InflightBatchsizeExceeded RequestBurstTooFast ServerOverloaded": THROTTLED,
+        "InvalidParameter* OutofContextError InvalidEndpointOrModel* ModelNotOpen": REJECTED}),
+    Provider("baichuan", "api.baichuan-ai.com", ("BAICHUAN_API_KEY",), "requests per minute",
+        texts={"insufficient|balance|余额|欠费": NO_MONEY}),
+    Provider("zhipu", "open.bigmodel.cn api.z.ai", ("ZHIPUAI_API_KEY", "ZHIPU_API_KEY", "ZAI_API_KEY"),
+        "requests at once per model, then by the minute, day, week and month", {
+        "1302 1303 1305": THROTTLED, "1312 1120 1230 1234 500": BUSY, "1113 1304 1308 1309 1310": NO_MONEY,
+        "100[0-4] 111[0-2] 1121 1220": BAD_KEY, "121[0-5] 1261": REJECTED, "1301": FILTERED},
+        concurrency=20, check_key="its site: keys of open.bigmodel.cn and api.z.ai are not exchangeable"),
+    Provider("jiekou", "api.jiekou.ai", ("JIEKOU_API_KEY",), texts={"balance": THROTTLED}),  # so its FAQ, for 403
+    Provider("mistral", "*.mistral.ai", ("MISTRAL_API_KEY",), "requests per second, tokens per minute and month",
+        {"3505 service_tier_capacity_exceeded": BUSY}, per_second=True),
+    Provider("gemini", "generativelanguage.googleapis.com", ("GEMINI_API_KEY", "GOOGLE_API_KEY"),
+        "requests and tokens per minute, requests per day", {"FAILED_PRECONDITION": BAD_KEY}, GOOGLE_TEXTS,
+        "x-goog-api-key: ", native="gemini", check_key="billing and region"),
+    Provider("vertex", "*aiplatform.googleapis.com", ("VERTEX_ACCESS_TOKEN",), "a quota, and capacity that all share",
+        texts=GOOGLE_TEXTS, names_model=False, check_key="its age: tokens of `gcloud auth` live for an hour"),
+    Provider("anthropic", "api.anthropic.com", ("ANTHROPIC_API_KEY",), "requests, input and output tokens per minute",
+        {"billing_error": NO_MONEY}, {"enforced_spend_limit|credit balance is too low|usage limits": NO_MONEY},
+        "x-api-key: ", {"anthropic-version": "2023-06-01"}, "anthropic"),
+    Provider("infinigence", "cloud.infini-ai.com", ("INFINI_API_KEY", "INFINIAI_API_KEY")),
+    Provider("siliconflow", "api.siliconflow.cn api.siliconflow.com", ("SILICONFLOW_API_KEY",),
+        "requests and tokens per minute and day", {"30001": NO_MONEY, "50505": BUSY},
+        check_key="its site: keys of the .cn and the .com site are not exchangeable"),
+    Provider("openrouter", "openrouter.ai", ("OPENROUTER_API_KEY",), "credits; free models by the minute and day",
+        {"http403": FILTERED}, {"key limit|per-day": NO_MONEY}),
+    Provider("together", "api.together.xyz api.together.ai", ("TOGETHER_API_KEY",), "requests and tokens per second",
+        {"http403": REJECTED}, per_second=True, windows={"requests": "second", "tokens": "second"}),
+    Provider("groq", "api.groq.com", ("GROQ_API_KEY",), "requests and tokens per minute and day",
+        texts={"try again in": THROTTLED}, windows={"requests": "day"}),
+    Provider("json_gateway", "*/gpt */claude", ("GATEWAY_USERNAME",), "as behind it", auth="", names_model=False),
+    Provider("local", "", ("OPENAI_API_KEY",), "what the machine can do; it queues", names_model=False),
+)}
+# fmt: on
 
 
 def find_provider(url: str, name: str = "auto") -> Provider:
     """The rules for a URL: the named row, else the first that fits, else local or OpenAI's with a Bearer key."""
     if name not in ("auto", *PROVIDERS):
-        raise UsageError(f"--provider {name} is unknown; one of auto, {', '.join(PROVIDERS)}")
+        raise UsageError(f"--provider {name} is unknown; known are auto, {', '.join(PROVIDERS)}")
     parts = urlsplit(url)
-    place = f"{parts.hostname or ''}/{parts.path.lstrip('/')}"
-    fitting = (
-        row for row in PROVIDERS.values() for p in row.urls.split() if fnmatchcase(place, p if "/" in p else f"{p}/*")
-    )
-    unknown = (
-        PROVIDERS["local"] if is_private(parts.hostname or "") else replace(PROVIDERS["openai"], names_model=False)
-    )
-    provider = PROVIDERS.get(name) or next(fitting, unknown)
-    shape = shape_of(parts.path)
+    place = f"{parts.hostname}/{parts.path.lstrip('/')}"
+    patterns = ((pattern, row) for row in PROVIDERS.values() for pattern in row.urls.split())
+    fitting = (row for pattern, row in patterns if fnmatchcase(place, pattern if "/" in pattern else f"{pattern}/*"))
+    other = PROVIDERS["local"] if is_private(parts.hostname or "") else replace(PROVIDERS["openai"], names_model=False)
+    provider = PROVIDERS.get(name) or next(fitting, other)
+    shape = find_shape(parts.path, provider)
     if provider.native and shape != provider.native:
         provider = replace(provider, auth=BEARER, headers={})
     return replace(provider, headers=PROVIDERS["anthropic"].headers) if shape == "anthropic" else provider
 
 
-def shape_of(path: str) -> str:
-    """The shape that a path speaks; "" if it is none of them."""
-    return next(
-        (name for name, row in SHAPES.items() if any(fnmatchcase(path.rstrip("/"), p) for p in row.paths.split())), ""
-    )
-
-
 def find_shape(path: str, provider: Provider) -> str:
-    """The shape that a path speaks. Raises UsageError, which lists the endings, if it is none of them."""
-    if not (shape := shape_of(path)):
-        endings = ", ".join(p.replace("*", "") for row in SHAPES.values() for p in row.paths.split())
-        raise UsageError(
-            f"--request_url: {path!r} is no endpoint of {provider.name} that is known here; known are {endings}"
-        )
-    return shape
+    """The shape that a path speaks. Raises UsageError, which lists the endings that are known, if it is none."""
+    for shape, row in SHAPES.items():
+        if any(fnmatchcase(path.rstrip("/"), pattern) for pattern in row.paths.split()):
+            return shape
+    endings = ", ".join(pattern.replace("*", "") for row in SHAPES.values() for pattern in row.paths.split())
+    raise UsageError(f"--request_url: {path or '/'} is no known endpoint of {provider.name}; known are {endings}")
 
 
 def check_request(body: dict[str, Any], shape: str, provider: Provider) -> str:
     """Why the endpoint cannot mean this request; "" if it can."""
     row = SHAPES[shape]
+    need = next((name for name in row.needs.split() if name in body), "")
+    value, kind = body.get(need), {OBJECTS: list, OBJECT: dict, ANYTHING: str | list | dict}[row.takes]
+    plain = row.takes is OBJECTS and not all(only(dict, item) for item in only(list, value))
+    if plain or not isinstance(value, kind) or value in ([], {}):
+        other = next((r.paths.split()[0][1:] for r in SHAPES.values() if r.needs in body and not need), "")
+        looks = f"; this looks like a request for {other}" if other else ""
+        return f'"{need or row.needs.split()[0]}" is missing or not {row.takes}{looks}'
     if body.get("stream") and (shape != "chat" or provider.name == "json_gateway"):
         return '"stream" is only supported for OpenAI-shaped chat requests; remove it'
-    if body.get("background" if shape == "responses" else "webhook" if shape == "deepinfra" else ""):
+    if body.get({"responses": "background", "deepinfra": "webhook"}.get(shape, "")):
         return '"background" and "webhook" leave no answer to wait for; remove them'
-    given = [name for name in row.needs.split() if name in body]
-    if not given or not FITS[row.takes](body[given[0]]):
-        alike = (other.paths.split()[0][1:] for other in SHAPES.values() if other.needs in body and not given)
-        belongs = next((f"; the request looks like one for {ending}" for ending in alike), "")
-        return f'"{(given or row.needs.split())[0]}" is missing or not {row.takes}{belongs}'
-    if provider.names_model and shape not in ("gemini", "deepinfra", "moderations") and not body.get("model"):
-        return f'"model" is missing; {provider.name} needs it'
-    return ""
+    needs_model = provider.names_model and shape not in ("gemini", "deepinfra", "moderations")
+    return f'"model" is missing; {provider.name} needs it' if needs_model and not body.get("model") else ""
 
 
 def wrap_gateway(body: Any, key: str) -> dict[str, str]:
@@ -2754,15 +2437,14 @@ def wrap_gateway(body: Any, key: str) -> dict[str, str]:
 
 def unwrap_gateway(body: Any) -> tuple[Any, dict[str, Any], str]:
     """The provider's reply inside a gateway's, the credits beside it, and "" or why there is no reply."""
-    outer = as_dict(body)
-    credits_told = {name: value for name, value in outer.items() if name.startswith("credits")}
+    outer = only(dict, body)
+    beside = {name: value for name, value in outer.items() if name.startswith("credits")}
     try:
-        return loads(outer["raw"]), credits_told, ""
+        return loads(outer["raw"]), beside, ""
     except KeyError:
-        told = error_words(outer)[2] or one_line(body)
-        return None, credits_told, f"the gateway answered without `raw`: {told}"
+        return None, beside, f"the gateway answered without `raw`: {one_line(body) or 'no error message'}"
     except (ValueError, TypeError, AttributeError):
-        return None, credits_told, "the gateway's `raw` is no JSON"
+        return None, beside, "the gateway's `raw` is no JSON"
 
 
 def assemble_stream(raw: bytes) -> tuple[dict[str, Any] | None, str]:
@@ -2770,91 +2452,70 @@ def assemble_stream(raw: bytes) -> tuple[dict[str, Any] | None, str]:
 
     An error event is given as it is, to be judged like any error; a stream that broke off is (None, why).
     """
-    reply: dict[str, Any] = {}
-    pieces: dict[int, list[dict[str, Any]]] = {}
-    for line in raw.splitlines():
-        data = line[5:].strip() if line.startswith(b"data:") else b""
-        if data in (b"", b"[DONE]"):
-            continue
-        try:
-            event = as_dict(loads(data))
-        except ValueError:
-            return None, "the stream broke off within an event"
+    lines = (line[5:].strip() for line in raw.splitlines() if line.startswith(b"data:"))
+    try:
+        events = [only(dict, loads(line)) for line in lines if line not in (b"", b"[DONE]")]
+        reply = only(dict, joined(events))
+    except (ValueError, RecursionError):
+        return None, "the stream broke off within an event, or is none"
+    for event in events:
         if event.get("error") or ("choices" not in event and error_words(event)[2]):
             return event, ""
-        usages = [as_dict(event.get("x_groq")).get("usage"), event.get("usage")]
-        for piece in map(as_dict, as_list(event.pop("choices", None))):
-            pieces.setdefault(index if isinstance(index := piece.get("index"), int) else 0, []).append(piece)
-            usages.append(piece.pop("usage", None))  # Moonshot
-        event |= {"usage": usage for usage in usages if usage}
-        reply |= {name: value for name, value in event.items() if value or name not in reply}
-    reply |= {"object": "chat.completion", "choices": [whole_choice(pieces[index]) for index in sorted(pieces)]}
-    if not pieces or not all(choice.get("finish_reason") for choice in reply["choices"]):
+    choices = [choice for choice in only(list, reply.get("choices")) if only(dict, choice)]
+    if not choices or not all(choice.get("finish_reason") for choice in choices):
         return None, "the stream broke off before a finish reason"
-    return reply, ""
+    usage = reply.get("usage") or only(dict, reply.get("x_groq")).get("usage")
+    for choice in choices:
+        usage = usage or choice.pop("usage", None)  # Moonshot
+        choice["message"] = {"role": "assistant", "content": None, **only(dict, choice.pop("delta", None))}
+        for call in only(list, choice["message"].get("tool_calls")):
+            only(dict, call).pop("index", None)
+    choices.sort(key=lambda choice: only(int, choice.get("index")))
+    return {**reply, "object": "chat.completion", "choices": choices, **({"usage": usage} if usage else {})}, ""
 
 
-def whole_choice(pieces: list[dict[str, Any]]) -> dict[str, Any]:
-    """One choice of an answer out of its pieces."""
-    choice: dict[str, Any] = {"index": 0, "message": {"role": "assistant", "content": None}}
-    for piece in pieces:
-        choice |= {name: value for name, value in piece.items() if name != "delta" and (value or name not in choice)}
-    choice["message"] |= as_dict(joined([piece.get("delta") for piece in pieces]))
-    for call in as_list(choice["message"].get("tool_calls")):
-        as_dict(call).pop("index", None)
-    return choice | ({"logprobs": joined([piece.get("logprobs") for piece in pieces])} if "logprobs" in choice else {})
-
-
-def joined(values: list[Any], name: str = "") -> Any:
-    """The whole that streamed values are pieces of: texts and lists go on, objects do so field by field."""
+def joined(values: list[Any], name: str = "", *, streamed: bool = False) -> Any:
+    """The whole that values are pieces of: lists go on, texts in a delta too, of all else the last one counts."""
     values = [value for value in values if value is not None]
-    if len(values) <= 1:
-        return values[0] if values else None
-    if all(isinstance(value, str) for value in values):
-        return "".join(dict.fromkeys(values) if name in ("id", "type", "role", "name") else values)
-    if all(isinstance(value, dict) for value in values):
+    if values and all(isinstance(value, dict) for value in values):
         names = dict.fromkeys(name for value in values for name in value)
-        return {name: joined([value.get(name) for value in values], name) for name in names}
+        return {n: joined([v.get(n) for v in values], n, streamed=streamed or n == "delta") for n in names}
+    if streamed and name not in ("id", "type", "role", "name") and values and all(isinstance(v, str) for v in values):
+        return "".join(values)
     if not any(isinstance(value, list) for value in values):
-        return values[-1]
+        return next(filter(None, reversed(values)), values[0] if values else None)
     parts: list[list[Any]] = []
-    for value in values:
-        for item in value if isinstance(value, list) else [{"type": "text", "text": value}] if value else []:
-            near = parts[::-1] if "index" in as_dict(item) else parts[-1:]
-            part = next((part for part in near if goes_on(part[0], item)), None)
-            if part is None:
-                parts.append(part := [])
-            part.append(item)
-    return [joined(part) for part in parts]
+    texts = ([{"type": "text", "text": value}] if isinstance(value, str) and value else value for value in values)
+    for item in (item for items in texts for item in only(list, items)):
+        near = reversed(parts) if "index" in only(dict, item) else parts[-1:]
+        part = next((part for part in near if goes_on(only(dict, part[0]), only(dict, item))), None)
+        if part is None:
+            parts.append(part := [])
+        part.append(item)
+    return [joined(part, streamed=streamed) for part in parts]
 
 
-def goes_on(first: Any, item: Any) -> bool:
-    """Whether an item of a streamed list continues the one that began with `first`."""
-    old, new = as_dict(first), as_dict(item)
-    if as_dict(new.get("function")).get("name") and (
-        "index" not in new or new.get("id") not in (None, "", old.get("id"))
-    ):
-        return False  # Gemini gives every call the same index
-    if "index" in new:
-        return bool(old.get("index") == new["index"])
-    return old.get("type") in ("text", "thinking", "function") and new.get("type", old["type"]) == old["type"]
+def goes_on(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether an item of a streamed list continues the one that began with `old`."""
+    named = only(dict, new.get("function")).get("name")
+    if "index" in new or "delta" in new:  # subtle: Gemini gives all calls one index, but each its id
+        return old.get("index") == new.get("index") and not (named and new.get("id") not in (None, "", old.get("id")))
+    same = new.get("type", old.get("type")) == old.get("type")
+    return same and old.get("type") in ("text", "thinking", "function") and not named
 
 
 def likely_mistake(endpoint: Endpoint, verdict: Verdict, reply: Reply) -> str:
     """What the user has probably done wrong, as a sentence; "" if nothing is known."""
-    provider, host = endpoint.provider, urlsplit(endpoint.url).hostname
+    provider, parts = endpoint.provider, urlsplit(endpoint.url)
     if verdict.kind == "no_money":
         return "Top up, raise the spending limit or wait for the new quota, then start again: what is done is kept."
     if verdict.kind == "auth":
         owner = next((name for start, name in KEY_STARTS.items() if re.match(start, endpoint.key)), provider.name)
-        if owner != provider.name:
-            return f"The key looks like one of {owner}; {host} needs one of {provider.name} ({provider.keys})."
-        return f"Check the key and what it may do{provider.check_key and ': '}{provider.check_key}."
-    if reply.status in (404, 405) or "model" in verdict.code.lower():
-        if "model" in f"{verdict.code} {verdict.message}".lower() or "deployment" in f"{verdict.code}".lower():
-            return 'Check "model": the provider does not know it, or your key may not use it.'
-        return f"Check --request_url: {host} has nothing at {urlsplit(endpoint.url).path}."
-    return ""
+        looks = f"The key looks like one of {owner}, this is {provider.name}. " if owner != provider.name else ""
+        return f"{looks}Check the key ({' or '.join(provider.key_env)}) and {provider.check_key}."
+    if re.search("model|deployment", f"{verdict.code} {verdict.message * (reply.status == 404)}", re.IGNORECASE):
+        return 'Check "model": the provider does not know it, or the key may not use it.'
+    return f"Check --request_url: {parts.hostname} has nothing at {parts.path}." if reply.status in (404, 405) else ""
 
 
 if __name__ == "__main__":
