@@ -181,6 +181,7 @@ HELD_FOR_RETRY = 2000  # reading pauses while more requests than this wait to be
 SAME_FAILURES = 20  # first replies that are hopeless for one and the same reason: the file is wrong, not a line
 ERRORS_KEPT = 50  # per request; only an outage makes more
 CHECK_SECONDS = 1.0  # between looks at the results file
+SHORTEST_WAIT = 0.001  # seconds
 
 
 @dataclass(slots=True)
@@ -193,6 +194,7 @@ class Run:
     results: ResultsFile
     reporter: Reporter
     wake: asyncio.Event
+    clock: Callable[[], float]
     learned: LearnedTokens = field(default_factory=lambda: LearnedTokens())
     outage: Outage = field(default_factory=lambda: Outage())
     tally: Tally = field(default_factory=lambda: Tally())
@@ -213,9 +215,8 @@ class Run:
 
     async def process_requests(self) -> None:
         """Take every request from its line to its result line."""
-        clock = asyncio.get_running_loop().time
         while not self.force:
-            now = clock()
+            now = self.clock()
             while self.arrived:  # 5 judge, 6 record
                 self.settle(*self.arrived.popleft(), now)
             wake_at = min(self.look_after(now), self.reporter.update(self, now))  # 7 report
@@ -230,20 +231,26 @@ class Run:
                     wake_at = min(wake_at, now + delay)
                     break
                 self.start(self.hand, endpoint, now)  # 4 send
-                self.hand, now = None, clock()
+                self.hand, now = None, self.clock()
             else:
                 wake_at = now  # more may start, but replies come first
             self.flush()
             if not self.in_flight and not self.arrived and (self.stopped_by or self.is_done()):
                 break
-            await self.wait(wake_at, now)
+            await self.wait(wake_at)
 
-    async def wait(self, until: float, now: float) -> None:
+    async def wait(self, until: float) -> None:
         """Sleep until a reply, a line or a signal wakes the loop, at the latest `until`: the one place that waits."""
-        if until <= now:
+        seconds = until - self.clock()
+        if seconds <= 0:
             await asyncio.sleep(0)
             return
-        timer = asyncio.get_running_loop().call_at(until, self.wake.set) if until < math.inf else None
+        # subtle: uvloop rounds a shorter wait to none, and the loop would spin
+        timer = (
+            asyncio.get_running_loop().call_later(max(seconds, SHORTEST_WAIT), self.wake.set)
+            if seconds < math.inf
+            else None
+        )
         await self.wake.wait()
         self.wake.clear()
         if timer:
@@ -1407,15 +1414,15 @@ UNDER_200 = {"invalid* bad*": 400, "auth*": 401, "billing*": 402, "permission*":
 BLOCKED = set("content_filter sensitive refusal safety recitation blocklist prohibited_content spii other".split())
 UNFINISHED = set("insufficient_system_resource network_error error malformed_function_call failed queued".split())
 USAGE_FIELDS = (  # of input, of output, from the cache; those of a family are added up
-    "prompt_tokens|input_tokens cache_creation_input_tokens cache_read_input_tokens|tokens_input"
-    + "|promptTokenCount toolUsePromptTokenCount",
+    (
+        "prompt_tokens|input_tokens cache_creation_input_tokens cache_read_input_tokens|tokens_input"
+        "|promptTokenCount toolUsePromptTokenCount"
+    ),
     "completion_tokens|output_tokens|tokens_generated|candidatesTokenCount thoughtsTokenCount",
     "cached_tokens|prompt_cache_hit_tokens|cache_read_input_tokens|cachedContentTokenCount",
 )
 ENDS = ("finish_reason", "finishReason", "stop_reason", "reason", "status")
-ERROR_WORDS = (
-    "loc message msg detail error error_code metadata raw details reason violations quotaId retryDelay".split()
-)
+ERROR_KEYS = "loc message msg detail error error_code metadata raw details reason violations quotaId retryDelay".split()
 OWN_SIZE = re.compile(r"limit:? ?(\d{1,18})\b.{0,80}requested:? ?(\d{1,18})", re.IGNORECASE)
 TRY_AGAIN = re.compile(r"\b(?:try again|retry) (?:in|after) ((?:\d[\d.]* ?[a-z]+ ?)+)", re.IGNORECASE)
 DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?) ?(ms|milli|[smhd])[a-z]*[. ]*", re.IGNORECASE)
@@ -1500,7 +1507,7 @@ def error_words(body: Any, text: str = "") -> tuple[str, str, str]:
 def one_line(value: Any, depth: int = 6) -> str:
     """A bounded line of the words in a value: a text, a small number, or what an error of any form has to say."""
     if isinstance(value, dict):
-        names = (name for name in ERROR_WORDS if value.get(name))
+        names = (name for name in ERROR_KEYS if value.get(name))
         value = [["retry in", value[name]] if name == "retryDelay" else value[name] for name in names]
     if isinstance(value, list):
         value = " ".join(filter(None, (one_line(item, depth - 1) for item in value[:10] if depth)))
@@ -2064,7 +2071,8 @@ async def run_job(settings: Settings, *, main_program: bool = False) -> Tally:
             return await dry_run(settings, reader, endpoint)
         results = ResultsFile(settings.results_path, settings.requests_filepath, restart=settings.restart)
         stack.callback(results.close)
-        run = Run(settings, reader, [endpoint], results, Reporter(settings.progress), wake)
+        clock = time.monotonic if "uvloop" in type(loop).__module__ else loop.time  # uvloop's moves by milliseconds
+        run = Run(settings, reader, [endpoint], results, Reporter(settings.progress), wake, clock)
         stack.callback(run.reporter.close)
         if main_program:
             stack.enter_context(signals_noticed(run))
@@ -2467,7 +2475,8 @@ def assemble_stream(raw: bytes) -> tuple[dict[str, Any] | None, str]:
     usage = reply.get("usage") or only(dict, reply.get("x_groq")).get("usage")
     for choice in choices:
         usage = usage or choice.pop("usage", None)  # Moonshot
-        choice["message"] = {"role": "assistant", "content": None, **only(dict, choice.pop("delta", None))}
+        told = choice.pop("delta", None) or choice.get("message")
+        choice["message"] = {"role": "assistant", "content": None, **only(dict, told)}
         for call in only(list, choice["message"].get("tool_calls")):
             only(dict, call).pop("index", None)
     choices.sort(key=lambda choice: only(int, choice.get("index")))
