@@ -32,7 +32,7 @@ async def run(requests_path: str, results_path: str, url: str) -> None:
     """Run all workers over one file."""
     connector = aiohttp.TCPConnector(limit=WORKERS)
     headers = {"Authorization": "Bearer none"}
-    with open(requests_path) as lines, open(results_path, "w") as results:
+    with open(requests_path, encoding="utf-8") as lines, open(results_path, "w", encoding="utf-8") as results:
         async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
             await asyncio.gather(*(worker(session, url, lines, results) for _ in range(WORKERS)))
 

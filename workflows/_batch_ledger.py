@@ -1,0 +1,179 @@
+"""What was submitted to a Batch API: the ledger beside the results file, and the files of its parts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from array import array
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Self
+
+from api_request_parallel_processor import IDENTITY_BYTES, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BLOCK = 1 << 20
+FILES = ("upload", "metadata")  # of a part: what the provider gets; metadata, and the body where it gets another
+# The life of a part. What is open may still cost money or be asked twice; the processor refuses to run beside it.
+PREPARED, UPLOADING, UPLOADED, SUBMITTING, SUBMITTED, COLLECTING, UNCLEAR = OPEN = (
+    "prepared",  # split off; nothing has left this machine
+    "uploading",
+    "uploaded",  # to be submitted; also when the provider's queue was full
+    "submitting",  # subtle: if this is found at a start, the provider may or may not have got it
+    "submitted",
+    "collecting",
+    "unclear",  # cannot be found at the provider: the user decides
+)
+COLLECTED, RETURNED, DROPPED = CLOSED = ("collected", "returned", "dropped")
+
+
+def private(path: str, flags: int) -> int:
+    """Opener of a file that only its owner can read."""
+    return os.open(path, flags, 0o600)
+
+
+@dataclass(slots=True)
+class Part:
+    """One job of the ledger: a part of the request file."""
+
+    tag: str  # begins its custom ids and ends its name
+    name: str
+    state: str = PREPARED
+    open: bool = True
+    id: str = ""  # of the job, at the provider
+    file: str = ""  # id of the uploaded file
+    word: str = ""  # the provider's own word for the state
+    model: str = ""
+    requests: int = 0
+    bytes: int = 0
+    done: int = 0
+    failed: int = 0
+    request_url: str = ""
+    provider: str = ""
+    hours: int = 24
+    submitted: float = 0.0  # seconds since the epoch
+    results_bytes: int = 0  # size of the results file when collecting began
+    past: list[str] = field(default_factory=list)  # jobs that failed as a whole: never ours again
+    cancelling: bool = False
+
+    def move(self, state: str) -> None:
+        """Change the state; `open` follows."""
+        self.state, self.open = state, state in OPEN
+
+
+class Ledger:
+    """The file <results>.batch.json with the jobs, and the folder <results>.batch with what they were made of."""
+
+    def __init__(self, results_path: Path) -> None:
+        """Read the ledger if there is one; UsageError if it is none."""
+        self.path = Path(f"{results_path}.batch.json")
+        self.folder = Path(f"{results_path}.batch")
+        self.parts: list[Part] = []
+        self.results_bytes = -1  # size of the results file as this program left it
+        known = {item.name for item in fields(Part)}
+        try:
+            content = json.loads(self.path.read_bytes())
+            self.results_bytes = content["results_bytes"]
+            self.parts = [Part(**{name: job[name] for name in known & job.keys()}) for job in content["jobs"]]
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"the ledger {self.path} cannot be read ({error}); it says what was submitted: restore it, or move it "
+                "away if you know that no job is open"
+            ) from None
+
+    def save(self) -> None:
+        """Write the ledger: at once or not at all, and on the disk when this returns."""
+        content = {"version": 1, "results_bytes": self.results_bytes, "jobs": [asdict(part) for part in self.parts]}
+        temporary = Path(f"{self.path}.new")
+        with open(temporary, "wb", opener=private) as file:
+            file.write(json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path)
+
+    def file(self, part: Part, what: str) -> Path:
+        """Give the path of one of the FILES of a part."""
+        return self.folder / f"{part.tag}.{what}.jsonl"
+
+    def open_parts(self, *states: str) -> list[Part]:
+        """Give the open parts, of some states if named."""
+        return [part for part in self.parts if part.open and (part.state in states or not states)]
+
+    def close(self, part: Part, state: str) -> None:
+        """End a part, and remove its files."""
+        part.move(state)
+        self.save()
+        self.sweep()
+
+    def drop_prepared(self) -> None:
+        """Forget what never left this machine: it is split anew."""
+        self.parts = [part for part in self.parts if part.state != PREPARED]
+        self.save()
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Remove files that no open part needs."""
+        needed = {part.tag for part in self.open_parts()}
+        if self.folder.is_dir():
+            for path in list(self.folder.iterdir()):
+                if path.name.partition(".")[0] not in needed:
+                    path.unlink()
+            if not needed:
+                shutil.rmtree(self.folder)
+
+
+class Requests:
+    """The requests of a part as the files of the part hold them: by number, read when asked for."""
+
+    def __init__(self, ledger: Ledger, part: Part, frame: tuple[bytes, bytes]) -> None:
+        """Open the files and find their lines. frame: what stands around the custom id in an uploaded line."""
+        self.before, self.between = map(len, frame)
+        self.offsets: list[array[int]] = []
+        for what in FILES:
+            offsets, at = array("Q", [0]), 0
+            with ledger.file(part, what).open("rb", buffering=BLOCK) as file:
+                for line in file:
+                    at += len(line)
+                    offsets.append(at)
+            self.offsets.append(offsets)
+        # subtle: outputs come in any order, so a large buffer would be filled for every line
+        self.upload: IO[bytes] = ledger.file(part, "upload").open("rb", buffering=0)
+        self.metadata: IO[bytes] = ledger.file(part, "metadata").open("rb")
+
+    def __len__(self) -> int:
+        return len(self.offsets[0]) - 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.upload.close()
+        self.metadata.close()
+
+    def read(self, number: int) -> tuple[bytes, bytes, bytes]:
+        """Give identity, body and metadata of a request; the last two as JSON."""
+        ends, others = self.offsets
+        start = ends[number]
+        self.upload.seek(start)
+        line = self.upload.read(ends[number + 1] - start - 2)
+        id_end = line.index(b'"', self.before)
+        self.metadata.seek(others[number])
+        metadata, _, own_body = self.metadata.read(others[number + 1] - others[number] - 1).partition(b"\t")
+        return identity_at(line, id_end), own_body or line[id_end + self.between :], metadata
+
+
+def identity_at(line: bytes, id_end: int) -> bytes:
+    """Give the identity with which a custom id ends."""
+    return bytes.fromhex(line[id_end - 2 * IDENTITY_BYTES : id_end].decode())
+
+
+def identities(ledger: Ledger, part: Part, frame: tuple[bytes, bytes]) -> Iterator[bytes]:
+    """Give the identities of all requests of a part, in order."""
+    with ledger.file(part, "upload").open("rb", buffering=BLOCK) as file:
+        for line in file:
+            yield identity_at(line, line.index(b'"', len(frame[0])))

@@ -1,0 +1,215 @@
+"""From a request file to parts that a provider takes: by lines, bytes and model, streaming."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import IO, TYPE_CHECKING, Any
+
+from api_request_parallel_processor import (
+    UsageError,
+    dumps,
+    estimate_text,
+    estimate_tokens,
+    identity,
+    loads,
+    parse_line,
+    read_bounded,
+)
+from workflows._batch_ledger import FILES, Ledger, Part, identities
+from workflows._batch_providers import FILE_SLACK, line_frame, wire_body
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from api_request_parallel_processor import Endpoint, Request, ResultsFile
+    from workflows._batch_providers import Target
+
+BLOCK = 1 << 20
+LINE_SLACK = 200  # bytes of a line around the body
+COUNTED_FIRST, COUNTED_EVERY = 50, 1000  # requests whose tokens are counted: a guess of the rest suffices
+
+
+@dataclass
+class Plan:
+    """What a request file means for a batch."""
+
+    read: int = 0
+    finished: int = 0
+    open: int = 0  # in jobs that were submitted before
+    failed_before: int = 0  # in batches; sent again only on request
+    unfit: int = 0  # bad lines, and what a batch cannot do
+    new: int = 0
+    bytes: int = 0
+    parts: list[Part] = field(default_factory=list)
+    counted: int = 0  # requests whose tokens were counted
+    counted_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Input tokens of what is new, about."""
+        return self.counted_tokens * self.new // max(1, self.counted)
+
+
+@dataclass
+class Writer:
+    """A part that is being filled."""
+
+    part: Part
+    target: Target
+    upload: IO[bytes]
+    metadata: IO[bytes]
+    frame: tuple[bytes, bytes] = (b"", b"")
+
+    def __post_init__(self) -> None:
+        self.frame = line_frame(self.target)
+        self.most = int(self.target.transport.megabytes * 1e6) - FILE_SLACK
+
+    def fits(self, size: int) -> bool:
+        """Tell whether a line of this size still fits."""
+        return self.part.requests < self.target.transport.lines and self.part.bytes + size <= self.most
+
+    def add(self, request: Request, body: bytes, own_body: bytes) -> None:
+        """Append a request. own_body: as the user wrote it, if the provider gets another."""
+        # names the request within the providers' rules (64 letters): part, number, what it is
+        custom_id = f"{self.part.tag}-{self.part.requests}-{request.identity.hex()}"
+        before, after = self.frame
+        self.part.bytes += self.upload.write(b"%b%b%b%b}\n" % (before, custom_id.encode(), after, body))
+        metadata = dumps(request.metadata) if request.metadata is not None else b"null"
+        self.metadata.write(metadata + (b"\t" + own_body if own_body else b"") + b"\n")
+        self.part.requests += 1
+
+
+@dataclass
+class Splitter:
+    """Cuts what is to be sent into parts; `add` gives why a request cannot be part of a batch, or nothing."""
+
+    ledger: Ledger
+    target: Target
+    name: str
+    fields: dict[str, Any]  # of every part
+    plan: Plan
+    writers: dict[str, Writer] = field(default_factory=dict)
+    stack: ExitStack = field(default_factory=ExitStack)
+
+    def add(self, request: Request) -> str:
+        """Put a request into the part of its model."""
+        if request.body.get("stream"):
+            return 'a batch cannot stream: remove "stream", or send this request live'
+        model = self.target.model or request.model if self.target.transport.one_model else ""
+        writer = self.writers.get(model) or self.open(model)
+        row, sent = writer.target.transport, wire_body(request.body, writer.target)
+        body = dumps(sent)
+        most = min(row.line_megabytes or math.inf, row.megabytes) * 1e6 - FILE_SLACK
+        if len(body) > most - LINE_SLACK:
+            return f"it has {len(body) / 1e6:.1f} MB, {row.name} takes {most / 1e6:.1f} MB: send it live"
+        if not writer.fits(len(body) + LINE_SLACK):
+            self.close(writer)
+            writer = self.open(model)
+        writer.add(request, body, dumps(request.body) if sent is not request.body else b"")
+        return ""
+
+    def open(self, model: str) -> Writer:
+        """Begin a part."""
+        tag = secrets.token_hex(4)
+        part = Part(tag, f"{self.name}-{tag}", model=model, **self.fields)
+        self.ledger.folder.mkdir(mode=0o700, exist_ok=True)
+        files = [self.stack.enter_context(self.ledger.file(part, what).open("wb", BLOCK)) for what in FILES]
+        self.writers[model] = writer = Writer(part, self.target.for_model(model), *files)
+        return writer
+
+    def close(self, writer: Writer) -> None:
+        """End a part; the ledger knows it from now on."""
+        for file in (writer.upload, writer.metadata):
+            file.close()
+        if writer.part.requests:
+            self.plan.parts.append(writer.part)
+            self.plan.bytes += writer.part.bytes
+        del self.writers[writer.part.model]
+
+    def finish(self) -> None:
+        """End all parts."""
+        for writer in list(self.writers.values()):
+            self.close(writer)
+        self.stack.close()
+        self.ledger.parts += self.plan.parts
+        self.ledger.save()
+
+
+def requests_of(path: Path, endpoint: Endpoint, limit: int) -> Iterator[Request]:
+    """Give the requests of a file, one by one; bad lines have a `problem`."""
+    if not path.is_file():
+        raise UsageError(f"the request file {path} is no regular file; a batch needs one that can be read twice")
+    number, given = 0, 0
+    with path.open("rb", buffering=BLOCK) as file:
+        while given < limit and (raw := read_bounded(file)):
+            number += 1
+            if raw.strip():
+                given += 1
+                yield parse_line(number, raw, endpoint)
+
+
+def split(
+    requests: Iterator[Request], results: ResultsFile, splitter: Splitter, endpoint: Endpoint, *, resubmit: bool
+) -> None:
+    """Read the request file once: skip what is finished or open, record what cannot be sent, cut the rest into parts.
+
+    resubmit: send again what failed in an earlier batch.
+    """
+    plan, waiting = splitter.plan, open_identities(splitter.ledger, splitter.target)
+    failed = set() if resubmit else failed_in_batches(results.path)
+    recorded = set(results._failed)  # noqa: SLF001 - before `take` forgets them
+    for request in requests:
+        plan.read += 1
+        if results.take(request.identity):
+            plan.finished += 1
+        elif waiting and waiting[request.identity] > 0:
+            waiting[request.identity] -= 1
+            plan.open += 1
+        elif not request.problem and request.identity in failed:
+            plan.failed_before += 1
+        elif problem := request.problem or splitter.add(request):
+            plan.unfit += 1
+            if request.identity not in recorded:
+                kind = "bad_line" if request.problem else "bad_request"
+                message = problem if request.problem else f"line {request.line}: {problem}"
+                error = {"attempt": 0, "kind": kind, "status": None, "message": message, "batch": ""}
+                results.write(request.body, [error], request.metadata)
+                results.flush()
+        else:
+            plan.new += 1
+            if plan.new <= COUNTED_FIRST or plan.new % COUNTED_EVERY == 0:
+                plan.counted += 1
+                plan.counted_tokens += estimate_tokens(request.body, endpoint.shape, estimate_text).prompt
+    splitter.finish()
+
+
+def open_identities(ledger: Ledger, target: Target) -> Counter[bytes]:
+    """What open jobs hold, as often as they hold it."""
+    found: Counter[bytes] = Counter()
+    for part in ledger.open_parts():
+        found.update(identities(ledger, part, line_frame(target.for_model(part.model))))
+    return found
+
+
+def failed_in_batches(results_path: Path) -> set[bytes]:
+    """Identities of requests whose only results are failures of a batch: they are not sent again unasked."""
+    failed, succeeded = set(), set()
+    with results_path.open("rb", BLOCK) as file:
+        for line in file:
+            if b'"batch":' not in line:
+                continue
+            try:
+                body, outcome, *rest = loads(line)
+                key = identity(body, rest[0] if rest else None)
+            except ValueError:
+                continue
+            if isinstance(outcome, list) and any(isinstance(error, dict) and "batch" in error for error in outcome):
+                failed.add(key)
+            elif not isinstance(outcome, list):
+                succeeded.add(key)
+    return failed - succeeded

@@ -1,0 +1,221 @@
+"""Keep answers in a SQLite file: known ones are filled in before a run, new ones are stored after it.
+
+    python -m workflows.response_cache run --cache_filepath answers.sqlite --requests_filepath requests/mine.jsonl
+    python -m workflows.response_cache store --cache_filepath answers.sqlite --requests_filepath requests/mine.jsonl
+    python -m workflows.response_cache info --cache_filepath answers.sqlite
+
+`run` takes all flags of the processor; `store` takes over the answers of an earlier run. An answer is found by URL,
+body and the how-many-th identical request of its file it answers, so that five samples of one prompt stay five.
+Failed, cut off and filtered answers are never stored. What an interrupted run left is stored at the next start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import sqlite3
+import time
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from api_request_parallel_processor import (
+    LOGGER,
+    ResultsFile,
+    Settings,
+    Tally,
+    UsageError,
+    build_parser,
+    dumps,
+    identity,
+    loads,
+)
+from workflows import _run
+from workflows._replies import read_answers
+from workflows._results import Results, Table, read_requests
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, response BLOB NOT NULL, stored REAL NOT NULL) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS by_age ON answers (stored);
+"""
+ROWS_PER_COMMIT = 1000
+BUSY_SECONDS = 60.0  # how long to wait for another process that writes
+SECONDS_PER_DAY = 86400.0
+DASHES = re.compile(r"^--[\w-]+")  # of a flag, which may be written so too
+QUICK = 1  # of zlib: most of the gain at a small part of the time
+
+
+class Cache:
+    """Answers by key, in a file that several processes may share. sqlite3.Error for a file that is none."""
+
+    def __init__(self, path: Path, url: str, *, max_days: float = 0, max_megabytes: float = 0) -> None:
+        """Open or create the file, readable by its owner only; limits of 0 are none."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        self.url, self.max_bytes = url.encode(), max_megabytes * 2**20
+        self.oldest = time.time() - max_days * SECONDS_PER_DAY if max_days else 0.0
+        self.database = sqlite3.connect(path, timeout=BUSY_SECONDS)
+        try:
+            self.database.execute("PRAGMA journal_mode = WAL")
+            self.database.execute("PRAGMA synchronous = NORMAL")
+            self.database.executescript(SCHEMA)
+        except sqlite3.Error:
+            self.database.close()
+            raise
+
+    def keys(self, requests_path: Path, limit: int = 0) -> Iterator[tuple[Any, Any, bytes, int]]:
+        """Give body, metadata, key and how-many-th of its kind for every request of a file."""
+        counts = Table()
+        for number, (body, metadata) in enumerate(read_requests(requests_path)):
+            if limit and number >= limit:
+                return
+            plain = identity(body, None)
+            nth = counts.take(plain) or 0
+            counts.add(plain, nth + 1)
+            yield body, metadata, self.key(plain, nth), nth
+
+    def key(self, plain: bytes, nth: int) -> bytes:
+        """What an answer is found by."""
+        return hashlib.blake2b(b"%b\0%b%d" % (self.url, plain, nth), digest_size=16).digest()
+
+    def get(self, key: bytes) -> Any:
+        """An answer, or None."""
+        query = "SELECT response FROM answers WHERE key = ? AND stored >= ?"
+        found = self.database.execute(query, (key, self.oldest)).fetchone()
+        return loads(zlib.decompress(found[0])) if found else None
+
+    def fill(self, settings: Settings) -> int:
+        """Write known answers as results of requests that have none yet; gives their number."""
+        filled, path = 0, settings.requests_filepath
+        results = ResultsFile(settings.results_path, path, restart=settings.restart)
+        for notice in results.notices:
+            LOGGER.info("%s", notice)
+        missed = Table()  # subtle: after a miss, a later answer to the same body may be what the results have already
+        try:
+            for body, metadata, key, nth in self.keys(Path(path), settings.limit):
+                plain = identity(body, None)
+                if results.take(identity(body, metadata)) or missed.take(plain, keep=True) is not None:
+                    continue
+                if (response := self.get(key) if isinstance(body, dict) else None) is None:
+                    missed.put(plain, nth)
+                    continue
+                results.write(body, response, metadata)
+                filled += 1
+                if filled % ROWS_PER_COMMIT == 0:
+                    results.flush()
+            results.flush()
+        finally:
+            results.close()
+        return filled
+
+    def store(self, settings: Settings) -> int:
+        """Take over the good answers of a results file; gives the number of new ones."""
+        path = Path(settings.results_path)
+        if not path.is_file() or not path.stat().st_size:
+            return 0
+        before = self.database.total_changes
+        results = Results(path)
+        for row, (body, metadata, key, _) in enumerate(self.keys(Path(settings.requests_filepath))):
+            result = results.take(body, metadata)
+            if result is None or not result.succeeded or not all(a.whole for a in read_answers(result.response)):
+                continue
+            packed = zlib.compress(dumps(result.response), QUICK)
+            query = (
+                "INSERT INTO answers VALUES (?, ?, ?) ON CONFLICT (key) DO UPDATE SET response = excluded.response, "
+            )
+            query += "stored = excluded.stored WHERE stored < ?"
+            self.database.execute(query, (key, packed, time.time(), self.oldest))
+            if row % ROWS_PER_COMMIT == 0:
+                self.database.commit()
+        self.database.commit()
+        results.close()
+        return self.database.total_changes - before
+
+    def shrink(self) -> int:
+        """Remove what is too old, then the oldest until the rest fits; gives the number removed."""
+        before = self.database.total_changes
+        self.database.execute("DELETE FROM answers WHERE stored < ?", (self.oldest,))
+        query = """DELETE FROM answers WHERE key IN (SELECT key FROM (
+            SELECT key, SUM(LENGTH(response)) OVER (ORDER BY stored DESC, key) AS size FROM answers) WHERE size > ?)"""
+        if self.max_bytes:
+            self.database.execute(query, (self.max_bytes,))
+        self.database.commit()
+        return self.database.total_changes - before
+
+    def close(self) -> None:
+        """Close the file."""
+        self.database.close()
+
+
+def with_cache(
+    settings: Settings, path: Path, run: Callable[[Settings], Tally], *, max_days: float = 0, max_megabytes: float = 0
+) -> Tally:
+    """Store what an interrupted run left, fill in what is known, run, store what is new.
+
+    A cache that is broken or cannot be used is told and left alone: the run goes on without it.
+    """
+    if settings.requests_filepath == "-":
+        raise UsageError("a cache needs the requests in a file; standard input can be read only once")
+    if settings.dry_run:
+        return run(settings)
+    with contextlib.ExitStack() as stack:
+        try:
+            cache = Cache(path, settings.request_url, max_days=max_days, max_megabytes=max_megabytes)
+            stack.callback(cache.close)
+            if not settings.restart:
+                cache.store(settings)
+            LOGGER.info("%s answers were known from %s", f"{cache.fill(settings):,}", path)
+            settings = replace(settings, restart=False)
+        except (sqlite3.Error, zlib.error, OSError) as error:
+            LOGGER.warning("The cache %s cannot be used (%s): going on without it.", path, error)
+            return run(settings)
+        tally = run(settings)
+        try:
+            stored = cache.store(settings) if tally.succeeded else 0
+            cache.shrink()
+            LOGGER.info("%s answers are new in %s", f"{stored:,}", path)
+        except (sqlite3.Error, OSError) as error:
+            LOGGER.warning("The cache %s could not take the answers (%s); the results file has them.", path, error)
+    return tally
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command."""
+    parser = _run.new_parser(__doc__)
+    parser.add_argument("command", choices=["run", "store", "info"])
+    parser.add_argument("--cache_filepath", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--cache_max_days", type=float, default=0, help="older answers do not count; 0 = no limit")
+    parser.add_argument("--cache_max_megabytes", type=float, default=0, help="the oldest go first; 0 = no limit")
+    arguments, rest = parser.parse_known_args(argv)
+    limits = {"max_days": arguments.cache_max_days, "max_megabytes": arguments.cache_max_megabytes}
+    if arguments.command == "info":
+        with contextlib.closing(Cache(arguments.cache_filepath, "")) as cache:
+            count, size = cache.database.execute("SELECT COUNT(*), TOTAL(LENGTH(response)) FROM answers").fetchone()
+        print(f"{count:,} answers, {size / 2**20:,.1f} MB packed, are in {arguments.cache_filepath}")
+        return 0
+    settings = settings_from(rest)
+    LOGGER.setLevel(_run.log_level(settings.logging_level))
+    _run.load_env()
+    if arguments.command == "run":
+        return _run.run_processor(settings, cache_filepath=str(arguments.cache_filepath), **limits).exit_code
+    with contextlib.closing(Cache(arguments.cache_filepath, settings.request_url, **limits)) as cache:
+        print(f"{cache.store(settings):,} answers are new in {arguments.cache_filepath}")
+        cache.shrink()
+    return 0
+
+
+def settings_from(flags: list[str]) -> Settings:
+    """Read the processor's own flags."""
+    flags = [DASHES.sub(lambda name: "--" + name[0][2:].replace("-", "_"), flag) for flag in flags]
+    given = {name: value for name, value in vars(build_parser().parse_args(flags)).items() if value is not None}
+    return Settings(**{**given, "request_header": tuple(given["request_header"])})
+
+
+if __name__ == "__main__":
+    raise SystemExit(_run.main_program(main))
