@@ -63,7 +63,6 @@ import tempfile
 import threading
 import time
 import urllib.request
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -74,12 +73,12 @@ from fnmatch import fnmatchcase
 from functools import partial
 from html import unescape
 from itertools import chain, count, islice
-from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 import aiohttp
+import yarl
 
 try:
     import orjson
@@ -111,7 +110,7 @@ class Settings:
     """Every knob of a run; the fields are the flags of the command line."""
 
     requests_filepath: str = option("read", MISSING, "JSONL file of requests; - reads standard input")
-    limit: int = option("read", 0, "only the first N requests of the file: a smoke run")
+    limit: int = option("read", 0, "only the first N requests of the file: a smoke run; 0 = all")
     dry_run: bool = option("read", default=False, text="read and count everything, send and write nothing")
     token_encoding_name: str = option("estimate", "auto", "auto = by model, else o200k_base; any tiktoken name")
     max_requests_per_minute: float = option("pace", 1500.0, "ceiling on requests started in any minute; 0 = find out")
@@ -131,7 +130,9 @@ class Settings:
     save_filepath: str = option("record", "", "results; default: .jsonl of the request file becomes _results.jsonl")
     save_details: bool = option("record", default=False, text="add attempts, times and tokens to result lines")
     restart: bool = option("record", default=False, text="start afresh; the old results file is kept, renamed")
-    progress: str = option("report", "auto", "bar or lines; auto = bar on a terminal", lambda: ("auto", *PROGRESS))
+    progress: str = option(
+        "report", "auto", "bar, lines or none; auto = bar on a terminal, else lines", lambda: ("auto", *PROGRESS)
+    )
     logging_level: str = option("report", "20", "number or name: 10 DEBUG, 20 INFO, 30 WARNING, 40 ERROR")
     input_price: float = option("report", 0.0, "price of a million input tokens")
     output_price: float = option("report", 0.0, "price of a million output tokens")
@@ -150,7 +151,7 @@ class Settings:
             if choices and value not in choices:
                 raise UsageError(f"--{knob.name} {value!r} is none of {', '.join(choices)}")
         if self.max_cost and not (self.input_price or self.output_price):
-            raise UsageError("--max_cost needs --input_price and --output_price, in money per million tokens")
+            raise UsageError("--max_cost needs --input_price or --output_price, in money per million tokens")
         if self.requests_filepath == "-" and not self.save_filepath and not self.dry_run:
             raise UsageError("requests come from standard input: say with --save_filepath where the results go")
         if (
@@ -296,14 +297,18 @@ class Run:
     def choose_endpoint(self, request: Request, now: float) -> tuple[Endpoint, float]:
         """The endpoint that may start this request first, and in how many seconds."""
         request.cost = cost = self.learned.cost(request.model, request.estimate or Estimate(0, 0))
-        request.price = self.settings.price(cost.prompt, cost.expected - cost.prompt)
-        spent, most = self.tally.spent, self.settings.max_cost
-        if most and spent + self.expected_spend + request.price > most:
-            if not self.in_flight:
-                self.stop("max_cost", f"Spent {spent:,.4f}, one more request may exceed --max_cost. Raise it to go on.")
-            return self.endpoints[0], math.inf
-        endpoint, delay = min(((e, e.pacer.delay(cost, now)) for e in self.endpoints), key=itemgetter(1))
-        return endpoint, self.outage.delay(now) if self.outage.down else delay
+        if most := self.settings.max_cost:
+            request.price, spent = self.settings.price(cost.prompt, cost.worst - cost.prompt), self.tally.spent
+            if spent + self.expected_spend + request.price > most:
+                if not self.in_flight:
+                    self.stop("max_cost", f"Spent {spent:,.4f}, one more may exceed --max_cost. Raise it to go on.")
+                return self.endpoints[0], math.inf
+        endpoint = self.endpoints[0]
+        delay = endpoint.pacer.delay(cost, now)
+        for other in self.endpoints[1:]:
+            if (sooner := other.pacer.delay(cost, now)) < delay:
+                endpoint, delay = other, sooner
+        return endpoint, max(delay, self.outage.delay(now))
 
     def start(self, request: Request, endpoint: Endpoint, now: float) -> None:
         """Send one attempt, as a task that hands its reply to the loop."""
@@ -326,16 +331,18 @@ class Run:
         self.expected_spend -= request.price
         verdict, usage = judge(reply, endpoint.provider, endpoint.shape), read_usage(reply.body, endpoint.shape)
         action = verdict.action
-        outcome = Outcome[{"REFUSED": "REFUSED", "RETRY": "FAILED"}.get(action.name, "ACCEPTED")]
+        outcome = Outcome.FAILED if action is Action.RETRY else Outcome.ACCEPTED
+        outcome = Outcome.REFUSED if action is Action.REFUSED else outcome
         charged = usage.total if usage else 0 if action is Action.REFUSED or not reply.sent else None
         endpoint.pacer.finish(ticket, outcome, now, charged, read_limits(reply, endpoint.provider, time.time()))
         self.tally.count(self.settings, verdict, reply, usage)
         if usage and request.estimate:
             self.learned.learn(request.model, request.estimate, usage)
         if reply.status and (reply.status < 500 or action is not Action.RETRY):  # a sign of life
-            if self.outage.ended():
+            if self.outage.answered(request.started):
                 LOGGER.warning("The provider answers again; going on.")
-            self.fail_limbo()
+            if self.limbo:
+                self.fail_limbo(self.outage.alive)
         if action is Action.DONE:
             self.trouble_since = math.inf
             body = {"data": reply.body} if isinstance(reply.body, list) else reply.body
@@ -344,7 +351,7 @@ class Run:
         self.trouble_since = min(self.trouble_since, now)
         LOGGER.debug("line %d: %s %s", request.line, verdict.kind, verdict.message)
         if action is Action.STOP:
-            self.stop("hopeless", f"{verdict.message}. {likely_mistake(endpoint, verdict, reply)}")
+            self.stop("hopeless", verdict.message, likely_mistake(endpoint, verdict, reply))
             return
         self.note_error(request, verdict, reply)
         if action is Action.REFUSED:
@@ -370,20 +377,22 @@ class Run:
         if reply.hopeless and not self.tally.replies:
             self.stop("hopeless", reply.hopeless)
             return
-        others = len(self.in_flight) + len(self.retries) + len(self.limbo) + (self.hand is not None)
-        left = others + 1 if self.reader.ended else math.inf
+        waiting = len(self.retries) + len(self.limbo) + (self.hand is not None)
+        left = waiting + len(self.in_flight) + 1 if self.reader.ended else math.inf
         if (not reply.status or reply.status >= 500) and left > 1:
-            if self.outage.failed(request.line, left if reply.status in (0, 503) else math.inf, now):
+            enough = waiting + 1 if self.reader.ended and reply.status in (0, 503) else math.inf
+            newest_first = (other for other, _ in reversed(self.in_flight.values()))
+            if self.outage.failed(request, enough, newest_first, now):
                 LOGGER.warning("The provider seems to be down: %s. The queue is kept, probes go on.", verdict.message)
-            if self.outage.down:
-                for excused in (request, *self.limbo):
-                    excused.excused += 1
-                    heapq.heappush(self.retries, (now, excused.line, excused))
+                for other in self.limbo:
+                    heapq.heappush(self.retries, (now, other.line, other))
                 self.limbo.clear()
-                return
+            elif self.outage.down:
+                request.excused += 1
         tries = request.attempts - request.excused
         if tries < self.settings.max_attempts:
-            heapq.heappush(self.retries, (now + retry_delay(tries, self.random), request.line, request))
+            delay = 0.0 if self.outage.down else retry_delay(tries, self.random)
+            heapq.heappush(self.retries, (now + delay, request.line, request))
         elif left > 1:
             self.limbo.append(request)
         else:
@@ -394,21 +403,21 @@ class Run:
         mistake = likely_mistake(endpoint, verdict, reply)
         if self.stopped_by == "hopeless":
             return  # untouched: a later run asks again
-        if self.tally.replies == 1 and verdict.kind == "bad_request" and reply.status in (404, 405):
-            self.stop("hopeless", f"{verdict.message}. {mistake}")
+        if self.tally.replies == 1 and reply.status in (404, 405) and "--request_url" in mistake:
+            self.stop("hopeless", verdict.message, mistake)
             return
         self.record(request, request.errors)
         if not self.tally.succeeded:
             reason = f"{verdict.kind} {reply.status} {verdict.code or re.sub('[0-9]+', '', verdict.message)}"
             self.first_failures[reason] += 1
             if len(self.first_failures) == 1 and self.first_failures[reason] == SAME_FAILURES:
-                self.stop("hopeless", f"The first {SAME_FAILURES} replies all say: {verdict.message}. {mistake}")
+                self.stop("hopeless", f"The first {SAME_FAILURES} replies all say: {verdict.message}", mistake)
 
-    def fail_limbo(self) -> None:
-        """No outage after all: what ran out of attempts has failed."""
-        for request in self.limbo:
+    def fail_limbo(self, alive: float = math.inf) -> None:
+        """No outage after all: what ran out of attempts before an answered start has failed."""
+        for request in [request for request in self.limbo if request.started <= alive]:
+            self.limbo.remove(request)
             self.record(request, request.errors)
-        self.limbo.clear()
 
     def record(
         self, request: Request, outcome: Any, extra: dict[str, Any] | None = None, usage: Usage | None = None
@@ -430,7 +439,7 @@ class Run:
         """End a run that cannot go on: a signal, no success for long, lost results. Gives when to look again."""
         if self.signal and not self.stopped_by:
             LOGGER.warning("%s: nothing new is started; once more stops at once.", signal.Signals(self.signal).name)
-            self.stop("signal", "")
+            self.stop("signal")
         give_up_at = self.trouble_since + (self.settings.give_up_minutes * 60 or math.inf)
         if now >= give_up_at:
             minutes, trouble = self.settings.give_up_minutes, self.tally.last_trouble
@@ -450,10 +459,10 @@ class Run:
             self.stop("results", str(lost))
             self.force = self.force or not check
 
-    def stop(self, why: str, message: str) -> None:
+    def stop(self, why: str, *reason: str) -> None:
         """Start nothing any more; the first reason counts."""
         if not self.stopped_by:
-            self.stopped_by, self.tally.stop_reason = why, message
+            self.stopped_by, self.tally.stop_reason = why, " ".join(f"{text.rstrip('. ')}." for text in reason if text)
 
 
 # ==== 1 read: the next line becomes a request; finished ones are skipped ==============================================
@@ -479,6 +488,7 @@ class Request:
     price: float = 0.0  # of the expected cost
     attempts: int = 0  # finished ones, without refusals
     excused: int = 0  # attempts that fell into an outage: they do not count against --max_attempts
+    suspect: bool = False  # it failed while others, sent later, were answered
     refusals: int = 0
     errors: list[dict[str, Any]] = field(default_factory=list)
     started_utc: float = 0.0  # first start
@@ -562,9 +572,14 @@ class Reader:
     def estimate(self, request: Request) -> Estimate:
         """Count the tokens of a request, once."""
         if request.estimate is None:
-            count = partial(self.tokens.count, model=request.model)
+            count = self.tokens.counter(request.model)
             request.estimate = estimate_tokens(request.body, self.endpoint.shape, count)
         return request.estimate
+
+    def close(self) -> None:
+        """Let go of a file; a stream may still be read by its thread, which ends with the program."""
+        if not self.queue:
+            self.file.close()
 
     def expected_total(self) -> float:
         """How many requests there are: exact at the end, before by the bytes read so far; inf for a stream."""
@@ -617,7 +632,7 @@ def parse_line(number: int, raw: bytes, endpoint: Endpoint) -> Request:
 
 def check_batch_line(line: dict[str, Any], endpoint: Endpoint) -> str:
     """Why an OpenAI Batch line is not for this endpoint; "" if it is."""
-    path = urlsplit(endpoint.url).path
+    path = endpoint.url.path
     method, url = line.get("method", "POST"), line.get("url", path)
     if method != "POST":
         return f"its method is {method!r}; only POST can be sent"
@@ -661,59 +676,49 @@ class Usage:
         return self.prompt + self.output
 
 
-CHAT_SHAPES = ("chat", "responses", "dashscope", "anthropic", "gemini")  # the provider adds a chat template
-NESTED_KEYS = {"dashscope": ("input", "parameters"), "gemini": ("generationConfig",)}  # as if they were not nested
-PROMPT_KEYS = {"messages", "input", "prompt", "suffix", "contents", "system", "instructions", "systemInstruction"}
-PROMPT_KEYS |= {"response_format", "text", "output_format", "output_config", "responseSchema", "responseJsonSchema"}
+try:
+    import tiktoken.load
+except ImportError:
+    tiktoken = None  # type: ignore[assignment]
+
+
+PROMPT_KEYS = {*"messages input prompt contents system instructions systemInstruction response_format text".split()}
 CAP_KEYS = ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_new_tokens", "maxOutputTokens")
-ROLES = ("user", "system", "assistant", "developer", "tool", "function", "model")  # one token each
-TEXT_KEYS = {"role", "content", "text", "parts", "name", "function", "thinking", "output"}
-MEDIA_KEYS = {a + b for a in ("image", "audio", "video", "file") for b in ("", "s", "_url", "_id", "_data", "Data")}
-MEDIA_KEYS |= {"source", "input_audio", "inlineData", "inline_data"}
-SILENT_KEYS = {"type", "id", "call_id", "tool_call_id", "index", "status", "detail", "signature", "encrypted_content"}
-# Images by the start of the model's name, first match wins: base, price of a tile, its side in pixels, most tiles (the
-# image guides of OpenAI, Anthropic and Google); unknown models are taken as gpt-4o, unknown sizes as 1024 x 1024.
-IMAGE_PRICES: tuple[tuple[str, int, float, float, int], ...] = (
-    ("gpt-4o-mini", 2833, 5667, 512, 99), ("gpt-4.1-mini", 0, 1.62, 32, 6144), ("gpt-4.1-nano", 0, 2.46, 32, 1536),
-    ("o4-mini", 0, 1.72, 32, 1536), ("gpt-5-mini", 0, 1.2, 32, 1536), ("gpt-5-nano", 0, 1.5, 32, 1536),
-    ("gpt-5.1", 70, 140, 512, 99), ("gpt-5.", 0, 1.2, 32, 2500), ("gpt-5", 70, 140, 512, 99), ("o1", 75, 150, 512, 99),
-    ("o3", 75, 150, 512, 99), ("computer-use", 65, 129, 512, 99), ("claude", 0, 1, 27.386, 1600),
-    ("anthropic", 0, 1, 27.386, 1600), ("gemini", 0, 258, 768, 16), ("", 85, 170, 512, 99),
-)  # fmt: skip
-PNG_OR_GIF, WEBP = rb"(?s)^\x89PNG.{14}(..)..(..)|^GIF8..(..)(..)", rb"|WEBPVP8 .{10}(..)(..)|WEBPVP8X.{8}(..).(..)"
-SIDES = re.compile(PNG_OR_GIF + WEBP + rb"|\xff[\xc0-\xc2]\0.\x08(..)(..)")  # of an image; the last one is JPEG
-VOCABULARY_LOCK = threading.Lock()
-# subtle: the look-behinds keep both linear on any text, they are tried only where a run begins
-BASE64 = re.compile(r"(?<![A-Za-z0-9+/])(data:[\w/.+-]{0,99};base64,)?[A-Za-z0-9+/]{999,}=*")
-OPAQUE = re.compile(r"(?a)(?<![\w+/=-])(?=[a-zA-Z_+/=-]*\d)(?=[\d_+/=-]*[a-zA-Z])[\w+/=-]{40,}")
+NUMBER_KEYS = dict.fromkeys(CAP_KEYS, "cap") | dict.fromkeys(("n", "best_of", "candidateCount"), "answers")
+MEDIA_KEYS = {*"image image_url audio input_audio video video_url file file_data source inlineData inline_data".split()}
+PART_KEYS = MEDIA_KEYS | {"role", "content", "text", "parts", "name", "function", "thinking", "output"}
+SILENT_KEYS = {"role", "type", "id", "call_id", "tool_call_id", "index", "status", "detail", "encrypted_content"}
+# Images by the start of the model's name, from the guides of the providers: base, price of a tile, its side in pixels.
+IMAGE_PRICES = {"gpt-4o-mini": (2833, 5667, 512), "gpt-5": (70, 140, 512), "o1": (75, 150, 512), "o3": (75, 150, 512),
+    "claude": (0, 1, 27.386), "anthropic": (0, 1, 27.386), "gemini": (0, 258, 768), "": (85, 170, 512)}  # fmt: skip
+SIDES = re.compile(rb"(?s)^\x89PNG.{12}(....)(....)|\xff[\xc0-\xc2]\0.\x08(..)(..)")  # of a PNG, of a JPEG
+OPAQUE = re.compile(r"(?a)(?<![\w+/=-])(?=[a-zA-Z_+/=-]*\d)(?=[\d_+/=-]*[a-zA-Z])[\w+/=-]{40,}")  # in linear time
 PIECES = re.compile(r"([A-Za-z]+)|([0-9]{1,3})|([^\sA-Za-z0-9\x80-\U0010ffff]+)|(\n\s*)|([\x80-\U0010ffff])")
 PIECE_TOKENS = ((1.005, 0.116, 6), (1.049, 0, 3), (0.824, 0.084, 1), (0.795, 0, 0), (0.775, 0, 1))
+VOCABULARY_LOCK = threading.Lock()
 
 
 def estimate_tokens(body: Any, shape: str, count: Callable[[str], int]) -> Estimate:
     """Tokens of a request, whatever JSON it is. A chat costs 3 for the reply and 3 per message (OpenAI cookbook)."""
-    flat = dict(body) if isinstance(body, dict) else {"prompt": body}
-    for key in NESTED_KEYS.get(shape, ()):
-        inner = flat.pop(key, None)
-        flat |= inner if isinstance(inner, dict) else {key: inner}
+    flat, numbers = body if isinstance(body, dict) else {"prompt": body}, {"answers": 1}
     model = flat["model"] if isinstance(flat.get("model"), str) else shape
-    prompt = overhead = 3 if shape in CHAT_SHAPES else 0
-    try:
-        for key, value in flat.items():
-            if key in PROMPT_KEYS:  # a bare text becomes a message, its role is a token
-                prompt += content_tokens(value, model, count) + (4 if overhead and isinstance(value, str) else 0)
-            elif value and key in ("tools", "functions"):
-                tools = value if isinstance(value, list) else [value]
-                prompt += 12 + sum(tool_tokens(tool, model, count) for tool in tools)
-    except RecursionError:  # nested too deep to walk
-        prompt = count(json_text(body))
-    numbers = {key: int(value) for key, value in flat.items() if type(value) in (int, float) and 0 <= value <= 10**9}
-    answers = max(1, *(numbers.get(key, 1) for key in ("n", "best_of", "candidateCount")))
-    if shape == "completions" and isinstance(prompts := flat.get("prompt"), list):
-        answers *= max(1, sum(not isinstance(item, int) for item in prompts))
-    default = {"completions": 16, "embeddings": 0, "moderations": 0}.get(shape)
-    caps = [0] if default == 0 else [numbers.get(key) for key in CAP_KEYS if flat.get(key) is not None] or [default]
-    return Estimate(prompt, None if caps[0] is None else caps[0] * answers, answers)
+    prompt = reply = 3 if shape in {"chat", "responses", "dashscope", "anthropic", "gemini"} else 0
+    for key, value in (fields := [*flat.items()]):
+        try:
+            if key in PROMPT_KEYS and not (key == "input" and isinstance(value, dict)):  # a bare text becomes a message
+                prompt += content_tokens(value, model, count) + (4 if reply and isinstance(value, str) else 0)
+            elif key in NUMBER_KEYS and type(value) in (int, float) and 0 <= value <= 10**9:
+                numbers[NUMBER_KEYS[key]] = max(numbers.get(NUMBER_KEYS[key], 0), int(value))
+            elif key in {"input", "parameters", "generationConfig"} and isinstance(value, dict):
+                fields += value.items()  # as if they were not nested
+            elif key in {"tools", "functions"} and value:
+                prompt += 12 + sum(tool_tokens(tool, count) for tool in (value if isinstance(value, list) else [value]))
+        except (AttributeError, RecursionError, TypeError, ValueError):  # strange tools, too deep, too long a number
+            prompt += 1000
+    if isinstance(prompts := flat.get("prompt"), list) and shape == "completions":
+        numbers["answers"] *= sum(not isinstance(item, int) for item in prompts) or 1
+    cap = 0 if shape in {"embeddings", "moderations"} else numbers.get("cap", 16 if shape == "completions" else None)
+    return Estimate(prompt, None if cap is None else cap * numbers["answers"], numbers["answers"])
 
 
 def content_tokens(value: Any, model: str, count: Callable[[str], int]) -> int:
@@ -721,197 +726,126 @@ def content_tokens(value: Any, model: str, count: Callable[[str], int]) -> int:
     if isinstance(value, str):
         return count(value)
     if isinstance(value, list):
-        ids = bool(value) and all(type(item) is int for item in value)
-        return len(value) if ids else sum(content_tokens(item, model, count) for item in value)
-    if not isinstance(value, dict) or (TEXT_KEYS.isdisjoint(value) and MEDIA_KEYS.isdisjoint(value)):
-        return 0 if value is None else count(json_text(value))
-    total = 3 if "role" in value else 0
+        ids = value and type(value[0]) is int
+        return len(value) if ids else sum([content_tokens(item, model, count) for item in value])
+    if not isinstance(value, dict) or ("role" not in value and PART_KEYS.isdisjoint(value)):  # may hold base64
+        return count(OPAQUE.sub("", json.dumps(value, ensure_ascii=False))) if value is not None else 0
+    total = 4 if "role" in value else 0
     for key, item in value.items():
-        if key == "role" and item in ROLES:
-            total += 1
-        elif key in MEDIA_KEYS and item is not None:
+        if key in MEDIA_KEYS and item:
             total += sum(media_tokens(key, one, value, model) for one in (item if isinstance(item, list) else [item]))
         elif key not in SILENT_KEYS:
-            total += content_tokens(item, model, count) + (key == "name")
+            total += (count(item) if type(item) is str else content_tokens(item, model, count)) + (key == "name")
     return total
 
 
-def json_text(value: Any) -> str:
-    """A text itself, anything else as JSON without base64 data; brackets for what json cannot write (too deep)."""
-    if isinstance(value, str):
-        return value
-    try:
-        return BASE64.sub("", json.dumps(value, ensure_ascii=False, separators=(",", ":")))
-    except (RecursionError, ValueError):
-        return "[]" * 1000
-
-
-def tool_tokens(tool: Any, model: str, count: Callable[[str], int]) -> int:
-    """One tool by the OpenAI cookbook's function rule; whatever that does not cover (nested schemas) as JSON text."""
-    try:
-        function = tool.get("function", tool)
-        total = 10 if re.search("gpt-(3|4$|4-)", model) else 7
-        total += count(f"{function['name']}:{function.get('description', '').removesuffix('.')}")
-        properties = (function.get("parameters") or function.get("input_schema") or {}).get("properties", {})
-        for key, field in properties.items():
-            rest = dict(field)
-            kind, about, enum = rest.pop("type", ""), rest.pop("description", ""), rest.pop("enum", None)
-            total += 3 + count(f"{key}:{kind}:{about.removesuffix('.')}") + (count(json_text(rest)) if rest else 0)
-            total += sum((3 + count(json_text(item)) for item in enum), start=-3) if enum else 0
-        return total + (3 if properties else 0)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return count(json_text(tool))
+def tool_tokens(tool: Any, count: Callable[[str], int]) -> int:
+    """One tool by the OpenAI cookbook's function rule; what that does not cover (nested schemas) as JSON text."""
+    function = tool.get("function", tool)
+    properties = (function.get("parameters") or function.get("input_schema") or {}).get("properties", {})
+    total = count(f"{function.get('name')}:{function.get('description', '')}".removesuffix("."))
+    for key, field in properties.items():
+        text = f"{key}:{(rest := dict(field)).pop('type', '')}:{rest.pop('description', '')}".removesuffix(".")
+        total += count(text) + sum(3 + count(str(item)) for item in rest.pop("enum", None) or [""])
+        total += content_tokens(rest or None, "", count)
+    return total + (10 if properties else 7)
 
 
 def media_tokens(key: str, value: Any, part: dict[str, Any], model: str) -> int:
-    """Tokens of an image by IMAGE_PRICES, and roughly those of other media, by their length in base64.
-
-    Sound and video count as MP3 with 10 tokens a second, files as pages of a PDF, what is only named as 1,000 tokens.
-    """
+    """Tokens of an image by tiles; of sound as MP3 and files as PDF by their length; 1,000 of what is only named."""
     fields = value if isinstance(value, dict) else {"url": value}
-    texts = [text for text in fields.values() if isinstance(text, str)]
-    data, hint = max(texts, key=len, default=""), f"{key} {str(part.get('type'))[:40]} {[text[:40] for text in texts]}"
+    texts = [text for text in (key, part.get("type"), *fields.values()) if isinstance(text, str)]
+    data, hint, sizes = max(texts, key=len), " ".join(text[:40] for text in texts), []
     if "image" not in hint:
-        characters = 2000 if "audio" in hint or "video" in hint else 4 if fields.get("type") == "text" else 50
-        return len(data) // characters if len(data) > 2000 or characters == 4 else 1000
-    sizes, start = [], data.find(",", 0, 200) + 1 if data.startswith("data:") else 0
+        return len(data) // (2000 if "audio" in hint or "video" in hint else 50) if len(data) > 2000 else 1000
     with contextlib.suppress(ValueError):
-        header = base64.b64decode(data[start : start + 2**17] + "==")  # half of that may be a camera's notes
-        for match in SIDES.finditer(header):
-            sides = [side if match[0][0] in b"\x89\xff" else side[::-1] for side in match.groups() if side]
-            sizes.append([int.from_bytes(side) or 1 for side in sides])
-    width, height = max(sizes, key=math.prod, default=(1024, 1024))  # subtle: a thumbnail in the notes is smaller
-    base, price, side, most = next(row[1:] for row in IMAGE_PRICES if model.rpartition("/")[2].startswith(row[0]))
-    low = "low" in (fields.get("detail"), part.get("detail"))
-    scale = min(1, (512 if low else 2048) / max(width, height), 768 / min(width, height) if base else 1)
+        header = base64.b64decode(data[(start := data.find(",", 0, 200) + 1) : start + 2**17] + "==")
+        sizes = [[int.from_bytes(side) or 1 for side in match if side] for match in SIDES.findall(header)]
+    width, height = max(sizes, key=math.prod, default=(1024, 1024))  # a camera's notes may hold a smaller one
+    base, price, side = next(row for name, row in IMAGE_PRICES.items() if model.rpartition("/")[2].startswith(name))
+    scale = min(1, 2048 / max(width, height), 768 / min(width, height) if base else 1)
     tiles = math.ceil(round(width * scale) / side) * math.ceil(round(height * scale) / side)
-    return base if base and low else math.ceil(base + price * max(1, min(tiles, most)))
+    return base if base and "low" in (fields.get("detail"), part.get("detail")) else base + price * min(tiles, 1600)
 
 
 class Tokenizer:
-    """Counts tokens with tiktoken, else estimates them: then exact is False and warning says so. Safe in threads."""
+    """Counts tokens with tiktoken, else estimates them: then exact is False, and a warning says so. Safe in threads."""
 
-    def __init__(self, encoding_name: str = "auto", download_seconds: float = 5.0) -> None:
-        """A vocabulary is loaded at the first count that needs it; one download is tried, for download_seconds."""
-        self.exact, self.warning = True, ""
-        self._name, self._download_seconds = encoding_name, download_seconds
-        self._counters: dict[str, Callable[[str], int]] = {}
-        with contextlib.suppress(ImportError):
-            import tiktoken
+    def __init__(self, encoding_name: str = "auto") -> None:
+        self.exact, self._name = True, encoding_name
+        self.counter: Callable[[str], Callable[[str], int]] = functools.lru_cache(99)(self._load)  # of a model
+        if tiktoken and encoding_name not in (names := ["auto", *tiktoken.list_encoding_names()]):
+            raise UsageError(f"--token_encoding_name {encoding_name} is not one of {', '.join(names)}.")
 
-            if encoding_name not in (names := ["auto", *tiktoken.list_encoding_names()]):
-                raise UsageError(f"--token_encoding_name {encoding_name} is not one of {', '.join(names)}.")
-
-    def count(self, text: str, model: str = "") -> int:
-        """Tokens of one text as the model's encoding has them; special tokens in it are ordinary text."""
-        return (self._counters.get(model) or self._counters.setdefault(model, self._counter(model)))(text)
-
-    def _counter(self, model: str) -> Callable[[str], int]:
-        name = "o200k_base" if self._name == "auto" else self._name
-        with contextlib.suppress(ImportError, KeyError):
-            from tiktoken.model import encoding_name_for_model
-
-            name = encoding_name_for_model(model.rpartition("/")[2]) if self._name == "auto" else name
-        counter = load_counter(name, self._download_seconds if self.exact else 0)
-        if not counter:
-            self.exact, self.warning = (
-                False,
-                f"Tokens are estimated, since tiktoken or its vocabulary {name} is missing;",
-            )
-            self.warning += " `pip install tiktoken bpe-openai` makes the counts exact."
-        return counter or estimate_text
+    def _load(self, model: str) -> Callable[[str], int]:
+        name = "cl100k_base" if re.match(r"(.*/)?(gpt-4(-|$)|gpt-3|text-embedding)", model) else "o200k_base"
+        try:
+            with VOCABULARY_LOCK, contextlib.ExitStack() as stack:  # tiktoken's own reader has no timeout
+                stack.callback(setattr, tiktoken.load, "read_file_cached", tiktoken.load.read_file_cached)
+                tiktoken.load.read_file_cached = read_vocabulary
+                encode = tiktoken.get_encoding(name if self._name == "auto" else self._name).encode_ordinary
+        except Exception:  # whatever is wrong with it, an estimate will do
+            LOGGER.warning("Tokens are estimated; `pip install tiktoken bpe-openai` makes the counts exact.")
+            self.exact, self.counter = False, lambda _: estimate_text
+            return estimate_text
+        short = functools.lru_cache(64)(lambda text: len(encode(text)))  # a job's requests share a system prompt
+        pieces = re.compile("(?s).{1,100000}").findall  # it panics on a million spaces
+        return lambda text: short(text) if len(text) < 20_000 else sum(map(len, map(encode, pieces(text))))
 
 
-@functools.cache
-def load_counter(name: str, download_seconds: float) -> Callable[[str], int] | None:
-    """A function that counts in one of tiktoken's encodings, None if there is no way to have it."""
-    try:
-        import tiktoken.load
-
-        with VOCABULARY_LOCK:  # tiktoken's own reader has no timeout and deletes damaged files: ours stands in for it
-            theirs = tiktoken.load.read_file_cached
-            try:
-                tiktoken.load.read_file_cached = functools.partial(read_vocabulary, download_seconds)
-                encode = tiktoken.get_encoding(name).encode
-            finally:
-                tiktoken.load.read_file_cached = theirs
-    except Exception:  # whatever is wrong with it, an estimate will do
-        return None
-    size = 100_000  # it cannot take a million spaces in one piece
-    return lambda text: sum([len(encode(text[i : i + size], disallowed_special=())) for i in range(0, len(text), size)])
-
-
-def read_vocabulary(download_seconds: float, url: str, expected_hash: str) -> bytes:
+def read_vocabulary(blobpath: str, expected_hash: str | None = None) -> bytes:
     """A vocabulary file of the right sha256: from a cache, the bpe-openai package, or downloaded into our own cache."""
-    own = Path(os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or "~/.cache").expanduser()
-    own = own / "api_request_parallel_processor" / hashlib.sha1(url.encode(), usedforsecurity=False).hexdigest()
-    folders = [os.environ.get("TIKTOKEN_CACHE_DIR"), os.environ.get("DATA_GYM_CACHE_DIR"), own.parent]
-    files = [Path(folder, own.name) for folder in (*folders, Path(tempfile.gettempdir(), "data-gym-cache")) if folder]
+    name = hashlib.sha1(blobpath.encode(), usedforsecurity=False).hexdigest()  # as tiktoken names its files
+    own = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "api_request_parallel_processor", name).expanduser()
+    cached = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or Path(tempfile.gettempdir(), "data-gym-cache"), name)
     package = importlib.util.find_spec("bpe_openai")
-    packed = Path(package.origin or "").parent / "data" if package else Path()
-    files.append(packed / (url.rpartition("/")[2] + ".gz"))
-    found: list[bytes] = []
+    packed = Path(str(package and package.origin)).with_name("data") / f"{blobpath.rpartition('/')[2]}.gz"
 
     def download() -> None:
-        with contextlib.suppress(Exception), urllib.request.urlopen(url, timeout=download_seconds) as reply:
-            if hashlib.sha256(data := reply.read()).hexdigest() == expected_hash:
-                found.append(data)
-                own.parent.mkdir(parents=True, exist_ok=True)
-                own.with_suffix(f".{os.getpid()}").write_bytes(data)
-                own.with_suffix(f".{os.getpid()}").replace(own)
+        with contextlib.suppress(Exception), urllib.request.urlopen(blobpath, timeout=5) as reply:
+            own.parent.mkdir(parents=True, exist_ok=True)
+            own.write_bytes(reply.read())
 
-    for file in files:
-        with contextlib.suppress(OSError, EOFError, zlib.error):
-            data = gzip.decompress(file.read_bytes()) if file.suffix else file.read_bytes()
-            if hashlib.sha256(data).hexdigest() == expected_hash:
+    for file in (cached, own, packed, own):
+        with contextlib.suppress(Exception), (gzip.open if file == packed else Path.open)(file, "rb") as opened:
+            if hashlib.sha256(data := opened.read()).hexdigest() == expected_hash:
                 return data
-    if download_seconds:  # in a thread, since a silent peer can hold urlopen longer than its timeout
-        (thread := threading.Thread(target=download, daemon=True)).start()
-        thread.join(download_seconds)
-    return found[0]
+        if file == packed:  # in a thread, since a silent peer can hold urlopen longer than its timeout
+            (thread := threading.Thread(target=download, daemon=True)).start()
+            thread.join(5)
+    raise FileNotFoundError(blobpath)
 
 
 def estimate_text(text: str) -> int:
     """Tokens of a text without a vocabulary: weights fitted to o200k_base, mean error 7 %; long runs as base64."""
-    rest = OPAQUE.sub("", text)
-    total = 0.72 * (len(text) - len(rest))
-    for match in PIECES.finditer(rest):
-        first, more, free = PIECE_TOKENS[(match.lastindex or 1) - 1]
-        total += first + more * max(0, match.end() - match.start() - free)
-    return round(total)
+    opaque = len(text) - len(rest := OPAQUE.sub("", text))
+    runs = ((*PIECE_TOKENS[(run.lastindex or 1) - 1], len(run[0])) for run in PIECES.finditer(rest))
+    return int(0.5 + 0.72 * opaque + sum(one + more * max(0, size - free) for one, more, free, size in runs))
 
 
-class LearnedTokens:
-    """What replies teach per model: how far the estimate is off, and how long an answer is."""
-
-    def __init__(self) -> None:
-        self._models: dict[str, list[float]] = {}  # replies, means of estimated and charged input; answers, mean length
+class LearnedTokens(dict[str, list[float]]):
+    """What replies teach per model, as fading sums: of estimated and charged input; of answers and their tokens."""
 
     def cost(self, model: str, estimate: Estimate) -> Cost:
         """Tokens to expect, and at worst; an answer is taken to have 256 tokens before there is one."""
-        _, estimated, charged, _, output = self._models.get(model, (0, 1, 1, 0, 256))
-        prompt, cap = round(estimate.prompt * charged / estimated), estimate.output_cap
-        expected = round(output * estimate.answers) if cap is None else min(round(output * estimate.answers), cap)
-        return Cost(prompt + expected, prompt + (expected if cap is None else cap), prompt)
+        estimated, charged, answers, output = self.get(model, (1, 1, 1, 0))
+        prompt = int(estimate.prompt * charged / estimated + 0.5)
+        answer = int((output / answers or 256) * estimate.answers + 0.5)
+        cap = answer if estimate.output_cap is None else estimate.output_cap
+        return Cost(prompt + min(answer, cap), prompt + cap, prompt)
 
     def learn(self, model: str, estimate: Estimate, usage: Usage) -> None:
-        """Plain means at first, then ones that follow; usage that cannot be true is ignored or bounded."""
-        seen = self._models.setdefault(model, [0, 1, 1, 0, 256])
-        if usage.prompt > 0 and estimate.prompt > 0:
-            seen[0] += 1
-            weight, charged = max(1 / seen[0], 0.05), min(max(usage.prompt, estimate.prompt / 4), estimate.prompt * 4)
-            seen[1:3] = seen[1] + weight * (estimate.prompt - seen[1]), seen[2] + weight * (charged - seen[2])
+        """Follow the last dozens of replies; usage that cannot be true is ignored or bounded."""
+        seen, prompt, answers = self.setdefault(model, [1e-9, 1e-9, 1e-9, 0]), estimate.prompt, estimate.answers
+        if usage.prompt > 0 and prompt > 0:
+            seen[:2] = 0.95 * seen[0] + prompt, 0.95 * seen[1] + min(max(usage.prompt, prompt / 4), prompt * 4)
         if usage.output > 0 and estimate.output_cap != 0:
-            seen[3] += 1
-            seen[4] += max(1 / seen[3], 0.05) * (min(usage.output / estimate.answers, 10**6) - seen[4])
+            seen[2:] = 0.95 * seen[2] + answers, 0.95 * seen[3] + min(usage.output, 10**6 * answers)
 
     def describe(self) -> list[str]:
         """One line per model that has answered, for the summary."""
-        return [
-            f"{model}: {charged / estimated:.2f} of the estimated input"
-            + (f", {output:.0f} output tokens on average" if answers else "")
-            for model, (_, estimated, charged, answers, output) in self._models.items()
-        ]
+        words = "{}: {:.2f} of the estimated input, {:.0f} output tokens on average".format
+        return [words(model, seen[1] / seen[0], seen[3] / seen[2]) for model, seen in self.items()]
 
 
 # ==== 3 pace: when may it start? ======================================================================================
@@ -1210,41 +1144,63 @@ class Pacer:
         return f"this server takes about {rate:.3g} requests a second{told}" if found else ""
 
 
-OUTAGE_STREAK = 10  # different requests in a row without an answer
+OUTAGE_STREAK = 10  # different requests without an answer, in the order of their starts
 PROBE_SECONDS = (1.0, 5.0)  # between probes: at first, at most
 
 
 class Outage:
-    """Tells a provider that is down from requests that fail, and lets only probes through meanwhile."""
+    """Tells a provider that is down from requests that fail, and lets only probes through meanwhile.
+
+    Evidence goes by the time of the start: an answer speaks for what was sent before, not for what was sent later.
+    """
 
     def __init__(self) -> None:
-        self.streak: set[int] = set()  # lines that failed since the last sign of life
-        self.down = False
-        self.next_probe = 0.0
-        self.interval = PROBE_SECONDS[0]
+        self.alive = -math.inf  # the latest start that was answered
+        self.streak: dict[int, tuple[float, Request]] = {}  # later starts that failed, by line
+        self.down_since = math.inf
+        self.next_probe, self.interval = 0.0, PROBE_SECONDS[0]
 
-    def failed(self, line: int, enough: float, now: float) -> bool:
-        """Hear of a request without an answer. True when this one shows the outage: `enough` different ones in a row."""
-        if self.down:
+    @property
+    def down(self) -> bool:
+        """Whether only probes may start."""
+        return self.down_since < math.inf
+
+    def failed(self, request: Request, enough: float, in_flight: Iterable[Request], now: float) -> bool:
+        """Hear of an attempt without an answer; true if it shows an outage: so many in a row, and few still open."""
+        request.suspect = request.suspect or request.started <= self.alive
+        if self.down or request.suspect:
             return False
-        self.streak.add(line)
-        self.down = len(self.streak) >= min(OUTAGE_STREAK, max(2.0, enough))
-        self.interval, self.next_probe = PROBE_SECONDS[0], now + PROBE_SECONDS[0]
-        return self.down
+        self.streak.setdefault(request.line, (request.started, request))
+        first, many = next(iter(self.streak.values()))[0], len(self.streak)
+        if (
+            many < min(OUTAGE_STREAK, max(2.0, enough))
+            or sum(r.started > first for r in islice(in_flight, many + 1)) > many
+        ):
+            return False
+        self.down_since, self.next_probe, self.interval = now, now + PROBE_SECONDS[0], PROBE_SECONDS[0]
+        for _, excused in self.streak.values():
+            excused.excused += 1
+        self.streak.clear()
+        return True
+
+    def answered(self, started: float) -> bool:
+        """Hear of an answer; true if it ends an outage."""
+        self.alive = max(self.alive, started)
+        for line, (at, request) in list(self.streak.items()):
+            if at <= self.alive:
+                request.suspect = True
+                del self.streak[line]
+        ended = started >= self.down_since
+        self.down_since = math.inf if ended else self.down_since
+        return ended
 
     def probed(self, now: float) -> None:
         """Hear of a start: while the provider is down, the next one waits longer."""
         self.next_probe, self.interval = now + self.interval, min(self.interval * 1.5, PROBE_SECONDS[1])
 
-    def ended(self) -> bool:
-        """Hear of a sign of life; True if it ends an outage."""
-        was_down, self.down = self.down, False
-        self.streak.clear()
-        return was_down
-
     def delay(self, now: float) -> float:
         """Seconds until the next probe."""
-        return max(0.0, self.next_probe - now)
+        return max(0.0, self.next_probe - now) if self.down else 0.0
 
 
 # ==== 4 send: the only place that knows HTTP ==========================================================================
@@ -1296,7 +1252,7 @@ class Secrets(logging.Filter):
 class Endpoint:
     """One URL with its key, its rules and its pacing."""
 
-    url: str
+    url: yarl.URL
     provider: Provider
     shape: str
     key: str
@@ -1310,8 +1266,8 @@ class Endpoint:
     async def open(self, stack: contextlib.AsyncExitStack, timeout_seconds: float) -> None:
         """Open the connection pool, without aiohttp's limit of connections; `stack` closes it."""
         timeout = aiohttp.ClientTimeout(total=timeout_seconds, sock_connect=CONNECT_SECONDS)
-        connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300)
-        session = aiohttp.ClientSession(connector=connector, timeout=timeout, cookie_jar=aiohttp.DummyCookieJar())
+        more = {"connector": aiohttp.TCPConnector(limit=0, ttl_dns_cache=300), "cookie_jar": aiohttp.DummyCookieJar()}
+        session = aiohttp.ClientSession(headers=self.headers, timeout=timeout, **more)
         self.session = await stack.enter_async_context(session)
 
     async def send(self, body: dict[str, Any]) -> Reply:
@@ -1321,9 +1277,9 @@ class Endpoint:
             body = wrap_gateway(body, self.key)
         elif body.get("stream") is True and "stream_options" not in body:  # for its usage; the user's line stays
             body = {**body, "stream_options": {"include_usage": True}}
-        reply, data, options = Reply(), dumps(body), {"allow_redirects": False, "proxy": self.proxy}
+        reply, data = Reply(), dumps(body)
         try:
-            async with self.session.post(self.url, data=data, headers=self.headers, **options) as response:
+            async with self.session.post(self.url, data=data, allow_redirects=False, proxy=self.proxy) as response:
                 reply.status, reply.headers = response.status, response.headers
                 await self.read(response, reply)
         except Exception as error:  # noqa: BLE001 - whatever the network does, the run goes on
@@ -1344,7 +1300,7 @@ class Endpoint:
         raw = b"".join(chunks)
         for secret in self.secrets.texts:
             raw = raw.replace(secret.encode(), REDACTED.encode())
-        if reply.status == 200 and response.content_type == "text/event-stream":
+        if reply.status == 200 and "event-stream" in reply.headers.get("Content-Type", ""):
             reply.body, reply.message = assemble_stream(raw)
             reply.failure = "connection" if reply.body is None else ""
             return
@@ -1411,16 +1367,10 @@ BY_STATUS |= dict.fromkeys((408, 409, 425, 498, 499), BUSY)  # 498: Groq is out 
 BY_CENTURY = {3: REDIRECTED, 4: REJECTED}  # all else is the provider's fault
 EVERYWHERE = {"context_length_exceeded model_not_found": REJECTED, "content_filter content_policy*": FILTERED}
 UNDER_200 = {"invalid* bad*": 400, "auth*": 401, "billing*": 402, "permission*": 403, "rate_limit* throttl*": 429}
+PLAIN_ENDS = {"stop", "length", "tool_calls"}
 BLOCKED = set("content_filter sensitive refusal safety recitation blocklist prohibited_content spii other".split())
 UNFINISHED = set("insufficient_system_resource network_error error malformed_function_call failed queued".split())
-USAGE_FIELDS = (  # of input, of output, from the cache; those of a family are added up
-    (
-        "prompt_tokens|input_tokens cache_creation_input_tokens cache_read_input_tokens|tokens_input"
-        "|promptTokenCount toolUsePromptTokenCount"
-    ),
-    "completion_tokens|output_tokens|tokens_generated|candidatesTokenCount thoughtsTokenCount",
-    "cached_tokens|prompt_cache_hit_tokens|cache_read_input_tokens|cachedContentTokenCount",
-)
+CACHED = ("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens", "cachedContentTokenCount")
 ENDS = ("finish_reason", "finishReason", "stop_reason", "reason", "status")
 ERROR_KEYS = "loc message msg detail error error_code metadata raw details reason violations quotaId retryDelay".split()
 OWN_SIZE = re.compile(r"limit:? ?(\d{1,18})\b.{0,80}requested:? ?(\d{1,18})", re.IGNORECASE)
@@ -1479,6 +1429,8 @@ def look_inside(body: Any, answer: str) -> Meaning | None:
     if not isinstance(body, dict):
         return NO_ANSWER
     found = body.get(answer)
+    if found and answer == "choices" and all(only(dict, c).get("finish_reason") in PLAIN_ENDS for c in found):
+        return ANSWERED  # subtle: the rest decides the same, slower
     if not found and only(dict, body.get("promptFeedback")).get("blockReason"):
         return FILTERED
     if body.get("error") or (not found and found != []):
@@ -1578,15 +1530,16 @@ def seconds_in(text: str, utc_now: float) -> float | None:
 
 def read_usage(body: Any, shape: str) -> Usage | None:
     """Tokens that a reply says it used, in any family's words; None if it does not say."""
-    usage = only(dict, only(dict, body).get(SHAPES[shape].usage))
-    counts = {name: count for name, count in usage.items() if type(count) is int and 0 < count < MOST}
+    row = SHAPES[shape]
+    usage = only(dict, only(dict, body).get(row.usage))
+
+    def total(names: Iterable[str], counts: dict[str, Any] = usage) -> int:
+        return sum([n for name in names if type(n := counts.get(name)) is int and 0 < n < MOST])
+
+    output = total(row.output)
+    prompt = total(row.prompt) or max(0, total(("total_tokens",)) - output)
     details = only(dict, usage.get("prompt_tokens_details") or usage.get("input_tokens_details"))
-    prompt, output, cached = (
-        next((n for family in fields.split("|") if (n := sum(counts.get(name, 0) for name in family.split()))), 0)
-        for fields in USAGE_FIELDS
-    )
-    cached = cached or max(0, only(int, details.get("cached_tokens")))
-    prompt = prompt or max(0, counts.get("total_tokens", 0) - output)
+    cached = total(("cached_tokens",), details) or total(CACHED)
     return Usage(prompt, output, min(cached, prompt)) if prompt or output else None
 
 
@@ -2011,7 +1964,8 @@ def summarize(run: Run) -> list[str]:
     tally, minutes = run.tally, max(run.tally.seconds / 60, 1.0)
     tokens = tally.prompt_tokens + tally.output_tokens
     lines = [f"{tally.succeeded:,} succeeded, {tally.failed:,} failed, {tally.finished_before:,} were finished before."]
-    lines += [f"{tally.calls:,} calls in {duration(tally.seconds)}, {tally.refused / max(1, tally.calls):.1%} refused."]
+    if tally.calls:
+        lines.append(f"Calls: {tally.calls:,} in {duration(tally.seconds)}, {tally.refused / tally.calls:.1%} refused.")
     kinds = ", ".join(f"{times:,} {kind}" for kind, times in tally.kinds.most_common())
     lines += [f"Attempts without success: {kinds}."] if kinds else []
     if tally.answer_lost or tally.never_sent:
@@ -2038,8 +1992,10 @@ class ConsoleHandler(logging.Handler):
 
 def complain(text: str) -> None:
     """Print a line on standard error, whatever the logging level; a vanished terminal is no error."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    try:
         print(text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - else the flush at exit fails, too
 
 
 # ==== command line ====================================================================================================
@@ -2067,6 +2023,7 @@ async def run_job(settings: Settings, *, main_program: bool = False) -> Tally:
         endpoint = make_endpoint(settings, secrets)
         tokenizer = Tokenizer(settings.token_encoding_name)
         reader = open_requests(settings, endpoint, tokenizer, lambda: loop.call_soon_threadsafe(wake.set))
+        stack.callback(reader.close)
         if settings.dry_run:
             return await dry_run(settings, reader, endpoint)
         results = ResultsFile(settings.results_path, settings.requests_filepath, restart=settings.restart)
@@ -2165,9 +2122,10 @@ def make_endpoint(settings: Settings, secrets: Secrets) -> Endpoint:
     allowed = open_files_for(wanted)
     if allowed < min(wanted, MOST_CONCURRENT // 2):
         LOGGER.warning("Open files are limited to at most %d requests in flight; `ulimit -n` raises that.", allowed)
-    pacer = Pacer(*settings.budgets, allowed, settings.seconds_to_sleep_each_loop)
+    hints = {"per_second": provider.per_second, "concurrency_hint": provider.concurrency}
+    pacer = Pacer(*settings.budgets, allowed, settings.seconds_to_sleep_each_loop, **hints)
     shape, max_bytes = find_shape(parts.path, provider), int(settings.max_reply_megabytes * 2**20)
-    return Endpoint(url, provider, shape, key, headers, pacer, find_proxy(url, secrets), max_bytes, secrets)
+    return Endpoint(yarl.URL(url), provider, shape, key, headers, pacer, find_proxy(url, secrets), max_bytes, secrets)
 
 
 def is_private(host: str, *, loopback_only: bool = False) -> bool:
@@ -2225,7 +2183,13 @@ def build_parser() -> argparse.ArgumentParser:
     """One flag per field of Settings, in groups named after the stations."""
     summary, _, rest = (__doc__ or "").partition("\n\n")
     layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=summary, epilog=rest, formatter_class=layout, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s --requests_filepath FILE [flags]",
+        description=summary,
+        epilog=rest,
+        formatter_class=layout,
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=__version__)
     groups = {name: parser.add_argument_group(name) for name in STATIONS}
     for knob in fields(Settings):
@@ -2257,6 +2221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler = ConsoleHandler()
     LOGGER.addHandler(handler)
     try:
+        settings.check()
         LOGGER.setLevel(int(level) if (level := settings.logging_level.upper()).isdecimal() else level)
         with asyncio.Runner(loop_factory=getattr(uvloop, "new_event_loop", None)) as runner:
             tally = runner.run(run_job(settings, main_program=True))
@@ -2268,7 +2233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         LOGGER.removeHandler(handler)
     if tally.stop_reason:
-        complain(f"Stopped early: {tally.stop_reason} The same command continues.")
+        complain(f"Stopped early: {tally.stop_reason} Then the same command continues.")
     return tally.exit_code
 
 
@@ -2284,19 +2249,30 @@ class Shape:
     takes: str  # what that field must be
     answer: str  # the field that makes a reply an answer
     usage: str = "usage"  # the field of a reply with its tokens
+    prompt: tuple[str, ...] = ("prompt_tokens",)  # fields of that, to be added up
+    output: tuple[str, ...] = ("completion_tokens",)
 
 
 OBJECTS, OBJECT, ANYTHING = "a list of objects", "an object", "a text, a list or an object"
+IN_OUT = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"), ("output_tokens",)
+GOOGLE_IN_OUT = ("promptTokenCount", "toolUsePromptTokenCount"), ("candidatesTokenCount", "thoughtsTokenCount")
 SHAPES = {
     "chat": Shape("*/chat/completions */gpt", "messages", OBJECTS, "choices"),
     "completions": Shape("*/completions", "prompt", ANYTHING, "choices"),
     "embeddings": Shape("*/embeddings", "input", ANYTHING, "data"),
-    "responses": Shape("*/responses", "input prompt", ANYTHING, "output"),
+    "responses": Shape("*/responses", "input prompt", ANYTHING, "output", "usage", *IN_OUT),
     "moderations": Shape("*/moderations", "input", ANYTHING, "results"),
-    "anthropic": Shape("*/messages *:rawPredict */claude", "messages", OBJECTS, "content"),
-    "gemini": Shape("*:generateContent", "contents", OBJECTS, "candidates", "usageMetadata"),
-    "dashscope": Shape("*/api/v1/services/*", "input", OBJECT, "output"),
-    "deepinfra": Shape("*/v1/inference/*", "input inputs prompt", ANYTHING, "inference_status", "inference_status"),
+    "anthropic": Shape("*/messages *:rawPredict */claude", "messages", OBJECTS, "content", "usage", *IN_OUT),
+    "gemini": Shape("*:generateContent", "contents", OBJECTS, "candidates", "usageMetadata", *GOOGLE_IN_OUT),
+    "dashscope": Shape("*/api/v1/services/*", "input", OBJECT, "output", "usage", *IN_OUT),
+    "deepinfra": Shape(
+        "*/v1/inference/*",
+        "input inputs prompt",
+        ANYTHING,
+        *["inference_status"] * 2,
+        ("tokens_input",),
+        ("tokens_generated",),
+    ),
 }
 BEARER = "Authorization: Bearer "
 KEY_STARTS = {
@@ -2305,6 +2281,10 @@ KEY_STARTS = {
     "gsk_": "groq",
     "AIza": "gemini",
     "[a-f0-9]{32}[.]": "zhipu",
+}
+OPENAI_CODES = {
+    "insufficient_quota credit_balance_exhausted *spend_limit_exceeded *usage_limit_exceeded billing*": NO_MONEY,
+    "slow_down": THROTTLED,
 }
 GOOGLE_TEXTS = {"PerDay|credits are depleted": NO_MONEY, "API_KEY_INVALID|API key not valid": BAD_KEY}
 
@@ -2340,9 +2320,7 @@ PROVIDERS = {row.name: row for row in (
         ("AZURE_OPENAI_API_KEY",), "requests and tokens per minute and deployment, in slices of 1 or 10 seconds",
         texts={"out of call volume quota": NO_MONEY}, auth="api-key: ", per_second=True, names_model=False,
         check_key="that it belongs to the resource in the host name"),
-    Provider("openai", "*api.openai.com", ("OPENAI_API_KEY",), codes={"slow_down": THROTTLED,
-        "insufficient_quota credit_balance_exhausted *spend_limit_exceeded *usage_limit_exceeded billing*": NO_MONEY},
-        texts={"resource unavailable": BUSY}),
+    Provider("openai", "*api.openai.com", ("OPENAI_API_KEY",), codes=OPENAI_CODES, texts={"resource unavailable": BUSY}),
     Provider("dashscope", "*dashscope*.aliyuncs.com *.maas.aliyuncs.com", ("DASHSCOPE_API_KEY",),
         "requests and tokens per minute and model, a sixtieth of them per second", per_second=True, codes={
         "Arrearage *BillOverdue CommodityNotPurchased AllocationQuota.FreeTierOnly": NO_MONEY,
@@ -2390,7 +2368,7 @@ PROVIDERS = {row.name: row for row in (
     Provider("groq", "api.groq.com", ("GROQ_API_KEY",), "requests and tokens per minute and day",
         texts={"try again in": THROTTLED}, windows={"requests": "day"}),
     Provider("json_gateway", "*/gpt */claude", ("GATEWAY_USERNAME",), "as behind it", auth="", names_model=False),
-    Provider("local", "", ("OPENAI_API_KEY",), "what the machine can do; it queues", names_model=False),
+    Provider("local", "", ("OPENAI_API_KEY",), "what the machine can do; it queues", OPENAI_CODES, names_model=False),
 )}
 # fmt: on
 
@@ -2515,7 +2493,7 @@ def goes_on(old: dict[str, Any], new: dict[str, Any]) -> bool:
 
 def likely_mistake(endpoint: Endpoint, verdict: Verdict, reply: Reply) -> str:
     """What the user has probably done wrong, as a sentence; "" if nothing is known."""
-    provider, parts = endpoint.provider, urlsplit(endpoint.url)
+    provider, url = endpoint.provider, urlsplit(str(endpoint.url))
     if verdict.kind == "no_money":
         return "Top up, raise the spending limit or wait for the new quota, then start again: what is done is kept."
     if verdict.kind == "auth":
@@ -2524,7 +2502,7 @@ def likely_mistake(endpoint: Endpoint, verdict: Verdict, reply: Reply) -> str:
         return f"{looks}Check the key ({' or '.join(provider.key_env)}) and {provider.check_key}."
     if re.search("model|deployment", f"{verdict.code} {verdict.message * (reply.status == 404)}", re.IGNORECASE):
         return 'Check "model": the provider does not know it, or the key may not use it.'
-    return f"Check --request_url: {parts.hostname} has nothing at {parts.path}." if reply.status in (404, 405) else ""
+    return f"Check --request_url: {url.hostname} has nothing at {url.path}." if reply.status in (404, 405) else ""
 
 
 if __name__ == "__main__":

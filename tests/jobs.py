@@ -117,7 +117,8 @@ class Played:
 
     def __post_init__(self) -> None:
         self.kinds = [[error["kind"] for error in line[1]] for line in self.lines if not succeeded(line)]
-        self.by_id = {line[2]["id"]: line for line in self.lines if len(line) > 2 and line[2]}
+        marked = (line for line in self.lines if len(line) > 2 and isinstance(line[2], dict))
+        self.by_id = {line[2]["id"]: line for line in marked if isinstance(line[2].get("id"), int)}
 
 
 def play(folder: Path, requests: Iterable[Any], options: Options | None = None, **settings: Any) -> Played:
@@ -155,9 +156,7 @@ def command(path: Path | str, url: str = "", *flags: str) -> list[str]:
     return [*words, *(["--request_url", url] if url else []), *flags]
 
 
-def run_program(
-    path: Path | str, url: str = "", *flags: str, **more: Any
-) -> subprocess.CompletedProcess[bytes]:
+def run_program(path: Path | str, url: str = "", *flags: str, **more: Any) -> subprocess.CompletedProcess[bytes]:
     """Run the real program to its end; more goes to subprocess.run, `environment` replaces the clean one."""
     environment = more.pop("environment", None)
     if environment is None:

@@ -74,6 +74,8 @@ class BatchOptions:
     empty_error_file: bool = False  # there is one, without lines
     missing_output: int = 0  # that many polls of a done job name no files
     strangers: int = 0  # lines in the output that nobody asked for
+    no_lists: bool = False  # lists are answered 404
+    torn_lines: int = 0  # that many downloads end within a line
     no_keys: bool = False  # Gemini: results come in order and without metadata
     shuffle: bool = True  # outputs come in any order
     seed: int = 0
@@ -181,7 +183,9 @@ class Batches:
     def read_file(self, file_id: str, **_: Any) -> Response:
         if file_id not in self.files:
             return problem(404, f"No such file {file_id}")
-        return 200, {"Content-Type": "application/octet-stream"}, self.files[file_id].data
+        data = self.files[file_id].data
+        data = data[: len(data) // 2] if self.calls["read_file"] <= self.options.torn_lines else data
+        return 200, {"Content-Type": "application/octet-stream"}, data
 
     # ---- jobs
 
@@ -404,6 +408,8 @@ class Batches:
     def page(self, oldest_first: list[Any], arguments: Mapping[str, str]) -> Response:
         """One page of a list, newest first, in the words of the family."""
         items = oldest_first[::-1]
+        if self.options.no_lists:
+            return problem(404, "no lists here")
         size = min(PAGE, int(arguments.get("limit") or arguments.get("page_size") or arguments.get("pageSize") or PAGE))
         if self.options.provider == "together":
             return reply(items)

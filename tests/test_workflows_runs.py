@@ -26,7 +26,15 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "workflows" / "examples"
 WORKFLOWS = (answers, csv_questions, prompt_matrix, prompts, response_cache, structured_output)
-PLAIN = {"faults": {}, "fault_script": [], "statuses": [], "latency": 0.0, "reasoning": False, "reset": True}
+PLAIN = {
+    "faults": {},
+    "fault_script": [],
+    "statuses": [],
+    "latency": 0.0,
+    "latency_spread": 0.0,
+    "reasoning": False,
+    "reset": True,
+}
 HOSTS = re.compile(r"https://(?:api\.\w[\w.-]*|ark[\w.-]*|open\.bigmodel\.cn)")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
 
@@ -111,6 +119,23 @@ def example(name: str, server: Server) -> Path:
     return path
 
 
+# ---- prompts and answers ---------------------------------------------------------------------------------------------
+
+
+def test_prompts_to_answers(server: Server) -> None:
+    """A text file becomes requests, the processor answers them in any order, the table has the order of the prompts."""
+    Path("p.txt").write_text("".join(f"question {n}\n" for n in range(20)), "utf-8")
+    assert run(prompts, "p.txt", "--model", "m", "--request_url", f"{server.url}/v1", "--max_tokens", "99") == 0
+    server.set(latency=0.02, latency_spread=1.0, faults={"error_500": 0.1})
+    argv = ["--requests_filepath", "p_requests.jsonl", "--save_filepath", "r.jsonl", "--progress", "none"]
+    assert processor.main([*argv, "--request_url", f"{server.url}/v1/chat/completions"]) == 0
+    assert run(answers, "r.jsonl", "a.csv", "--requests_filepath", "p_requests.jsonl") == 0
+    rows = Path("a.csv").read_text("utf-8").splitlines()
+    assert rows[0] == "prompt,answer,reasoning,status,tokens,error"
+    starts = [f"question {n},You said: question {n} [" for n in range(20)]
+    assert all(row.startswith(start) for row, start in zip(rows[1:], starts, strict=True))
+
+
 # ---- csv_questions ---------------------------------------------------------------------------------------------------
 
 ZHIPU_CONFIG = """
@@ -188,21 +213,21 @@ def test_csv_questions_again_asks_only_what_failed(server: Server) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_csv_questions_interrupted(server: Server, number: int) -> None:
     """After Ctrl-C, a termination or kill -9 in the middle the same command asks the rest, and nothing twice."""
-    write_questions(server, [f"{n},question {n}" for n in range(60)])
+    write_questions(server, [f"{n},question {n}" for n in range(40)])
     server.set(latency=0.1, faults={"error_500": 0.2})
     with start("csv_questions") as process:
-        wait_for_lines(Path("checkpoints/results_results.jsonl"), 15)
+        wait_for_lines(Path("checkpoints/results_results.jsonl"), 10)
         process.send_signal(number)
         process.communicate(timeout=30)
     assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
     done = Path("checkpoints/results_results.jsonl").read_bytes().count(b"\n")
-    assert 15 <= done < 60
+    assert 10 <= done < 40
     time.sleep(0.15)  # what was in flight at a kill is over
     server.set(latency=0.0, faults={}, reset=True)
     assert run(csv_questions) == 0
-    assert server.stats()["calls"] == 60 - done
+    assert server.stats()["calls"] == 40 - done
     text = Path("data/results.csv").read_text("utf-8").splitlines()
-    assert [line.split(",")[0] for line in text[1:]] == [str(n) for n in range(60)]
+    assert [line.split(",")[0] for line in text[1:]] == [str(n) for n in range(40)]
     assert all(f"You said: question {n} " in line for n, line in enumerate(text[1:]))
 
 
@@ -466,6 +491,26 @@ def test_structured_output_as_csv(server: Server) -> None:
     ]
 
 
+@pytest.mark.slow
+def test_structured_output_killed(server: Server) -> None:
+    """After kill -9 in the middle of a run with faults the same command asks the rest, and nothing twice."""
+    write_task(server, "out.jsonl")
+    Path("rows.csv").write_text("text,category\n" + "".join(f"row {n},neg\n" for n in range(40)), "utf-8")
+    server.set(statuses=[{"contains": "row", "answer": '{"category": "neg"}'}], latency=0.1, faults={"error_500": 0.2})
+    with start("structured_output", "-c", "task.yaml", "--progress", "none") as process:
+        wait_for_lines(Path("points/out_results.jsonl"), 10)
+        process.kill()
+        process.communicate(timeout=30)
+    done = Path("points/out_results.jsonl").read_bytes().count(b"\n")
+    assert 10 <= done < 40
+    time.sleep(0.15)  # what was in flight is over
+    server.set(latency=0.0, faults={}, reset=True)
+    assert run(structured_output, "-c", "task.yaml") == 0
+    assert server.stats()["calls"] == 40 - done
+    rows = [json.loads(line) for line in Path("out.jsonl").read_text("utf-8").splitlines()]
+    assert [(row["text"], row["category_answer"]) for row in rows] == [(f"row {n}", "neg") for n in range(40)]
+
+
 # ---- response_cache --------------------------------------------------------------------------------------------------
 
 
@@ -529,6 +574,27 @@ def test_cache_stores_what_an_interrupted_run_left(server: Server) -> None:
     server.set(reset=True)
     assert run_cached(server, "a.jsonl") == 0
     assert not server.stats()["calls"]
+
+
+@pytest.mark.slow
+def test_cached_run_killed(server: Server) -> None:
+    """What a killed run has answered is in the cache after the next start."""
+    write_samples("a.jsonl", [f"question {n}" for n in range(40)])
+    server.set(latency=0.1, faults={"reset": 0.1})
+    url = f"{server.url}/v1/chat/completions"
+    flags = ["--cache_filepath", "c.sqlite", "--requests_filepath", "a.jsonl", "--request_url", url]
+    with start("response_cache", "run", *flags) as process:
+        wait_for_lines(Path("a_results.jsonl"), 10)
+        process.kill()
+        process.communicate(timeout=30)
+    time.sleep(0.15)
+    done = Path("a_results.jsonl").read_bytes().count(b"\n")
+    server.set(latency=0.0, faults={}, reset=True)
+    assert run_cached(server, "a.jsonl") == 0
+    assert server.stats()["calls"] == 40 - done
+    Path("a_results.jsonl").unlink()
+    assert run_cached(server, "a.jsonl") == 0
+    assert server.stats()["calls"] == 40 - done
 
 
 def test_a_broken_cache_is_a_warning(server: Server, capsys: pytest.CaptureFixture[str]) -> None:

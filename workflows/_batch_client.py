@@ -137,7 +137,10 @@ class Client:
     # ---- lists
 
     async def listed(self, path: str, since: float) -> AsyncIterator[Any]:
-        """Give the items of a list, page by page, until a whole page is older than `since`."""
+        """Give the items of a list, page by page, until a whole page is older than `since`.
+
+        LookupError if the provider does not give the list: then nobody knows what it has.
+        """
         paging = self.target.transport.paging
         query = f"{path}{'&' if '?' in path else '?'}" + {"page": "page_size=100", "pageToken": "pageSize=100"}.get(
             paging, "limit=100"
@@ -146,6 +149,8 @@ class Client:
         for page in range(PAGES):
             mark = str(page) if paging == "page" and page else mark
             reply = await self.call("GET", query + (f"&{paging}={mark}" if mark else ""))
+            if reply.status // 100 != 2:
+                raise LookupError(self.words(reply))
             items, mark, more = providers.read_list(reply.body)
             for item in items:
                 yield item

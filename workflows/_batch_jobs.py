@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -80,6 +81,11 @@ class Jobs:
         """The rules for a part."""
         return self.target.for_model(part.model)
 
+    def note(self, part: Part) -> None:
+        """Save the ledger, if the part is in it: users may name jobs that are not."""
+        if part in self.ledger.parts:
+            self.ledger.save()
+
     # ---- submit
 
     async def submit(self, part: Part) -> None:
@@ -152,11 +158,16 @@ class Jobs:
 
     async def settle(self, part: Part) -> None:
         """Find out whether the provider got a job whose answer we did not see; only then submit it, or not."""
-        if job := await self.find_job(part):
+        named = self.row(part).transport.named
+        try:
+            job = await self.find_job(part)
+        except LookupError as error:
+            LOGGER.warning("%s does not list its jobs: %s", part.provider, error)
+            job, named = None, False
+        if job:
             LOGGER.info("%s: was submitted before the interruption", part.name)
             self.adopt(part, job)
             return
-        named = self.row(part).transport.named
         wait = part.submitted + self.settle_seconds - time.time()
         if (named or self.resubmit) and wait > 0:
             LOGGER.info("%s: looking for it at the provider once more in %.0f s", part.name, wait)
@@ -196,10 +207,11 @@ class Jobs:
 
     async def find_file(self, part: Part) -> str:
         """Look for an uploaded file by its name and size; gives its id, or nothing."""
-        async for item in self.client.listed(self.target.transport.upload, part.submitted - CLOCK_SLACK):
-            raw = as_dict(item)
-            if raw.get("filename") == f"{part.name}.jsonl" and raw.get("bytes") in (None, part.bytes):
-                return str(raw.get("id") or "")
+        with contextlib.suppress(LookupError):  # a second upload costs nothing
+            async for item in self.client.listed(self.target.transport.upload, part.submitted - CLOCK_SLACK):
+                raw = as_dict(item)
+                if raw.get("filename") == f"{part.name}.jsonl" and raw.get("bytes") in (None, part.bytes):
+                    return str(raw.get("id") or "")
         return ""
 
     # ---- watch
@@ -211,14 +223,14 @@ class Jobs:
             self.looks[part.id] += 1
             if self.looks[part.id] >= LOOKS_FOR_FILE:
                 part.move(UNCLEAR)
-                self.ledger.save()
+                self.note(part)
                 LOGGER.warning("%s: the provider does not know %s any more (%s).", *self.told(part, reply))
             return Job(part.id, part.word, RUNNING)
         job = providers.read_job(reply.body, self.target)
         news = (job.word, job.done, job.failed)
         if news != (part.word, part.done, part.failed):
             part.word, part.done, part.failed = news
-            self.ledger.save()
+            self.note(part)
             total = f"{job.total or part.requests:,}"
             LOGGER.info("%s: %s, %s of %s done, %s failed", part.name, job.word, f"{job.done:,}", total, job.failed)
         return job
@@ -233,7 +245,7 @@ class Jobs:
             "POST", self.target.url(self.row(part).transport.cancel, part.id), (JSON_TYPE, b"{}")
         )
         part.cancelling = True
-        self.ledger.save()
+        self.note(part)
         taken = reply.status // 100 == 2
         LOGGER.info("%s: %s", part.name, "cancelling" if taken else f"cannot be cancelled, {self.client.words(reply)}")
 
@@ -262,7 +274,7 @@ class Jobs:
             results.finish(whole=whole, limited=True)
         finally:
             results.close()
-        self.ledger.results_bytes = size_of(results.path)
+        self.ledger.results_bytes = -1 if collector.others_wrote else size_of(results.path)
         if not whole:
             part.move(UNCLEAR)
             self.ledger.save()
@@ -327,10 +339,12 @@ class Collector:
                 async for lines in client.lines(transport.content, file):
                     for raw in lines:
                         if raw.strip():
-                            self.take(loads(raw), -1)
+                            self.take_raw(raw, last=tries >= LOOKS_FOR_FILE)
                     self.results.flush()
-            except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 status = getattr(error, "status", 0)
+                if status in (401, 403):
+                    raise Stopped(f"the key may not read the result file {file} (status {status}).") from None
                 if status in (404, 410) and tries >= LOOKS_FOR_FILE:
                     LOGGER.warning("%s: the result file %s is gone (%s)", self.part.name, file, status)
                     return
@@ -340,6 +354,17 @@ class Collector:
                 await asyncio.sleep(wait)
             else:
                 return
+
+    def take_raw(self, raw: bytes, *, last: bool) -> None:
+        """Take a line as it came. One that is no JSON is torn, perhaps; at the last try it is left out."""
+        try:
+            line = loads(raw)
+        except ValueError as error:
+            if not last:
+                raise aiohttp.ClientPayloadError(f"a torn line: {error}") from None
+            LOGGER.warning("%s: a line of the results is no JSON: %.100r", self.part.name, raw)
+        else:
+            self.take(line, -1)
 
     def take(self, line: Any, place: int) -> None:
         """Take one line of the output; `place` is its number where that tells what it answers, else -1."""
@@ -366,10 +391,12 @@ class Collector:
             kind, message = verdict.kind, verdict.message
         else:
             code, family, message = error
-            if any(word in f"{code} {family}".lower() for word in NOT_RUN):
+            not_run = any(word in f"{code} {family}".lower() for word in NOT_RUN)
+            if not_run or (self.job.phase in (EXPIRED, CANCELLED) and not reply.status):
                 kind = "timeout"
             else:
-                told = Reply(status=max(reply.status, 400), body={"error": reply.body})
+                status = int(code) if code.isdecimal() and len(code) == 3 else reply.status
+                told = Reply(status=max(status, 400), body={"error": reply.body})
                 kind = judge(told, provider, shape).kind if code or family else "server_error"
             message = " ".join(filter(None, (code or family, message)))
         self.fail(number, kind, message, reply)

@@ -72,7 +72,7 @@ class Ledger:
         self.path = Path(f"{results_path}.batch.json")
         self.folder = Path(f"{results_path}.batch")
         self.parts: list[Part] = []
-        self.results_bytes = -1  # size of the results file as this program left it
+        self.results_bytes = -1  # size of the results file as this program left it; -1 = somebody else wrote since
         known = {item.name for item in fields(Part)}
         try:
             content = json.loads(self.path.read_bytes())

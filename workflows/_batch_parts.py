@@ -118,8 +118,8 @@ class Splitter:
         tag = secrets.token_hex(4)
         part = Part(tag, f"{self.name}-{tag}", model=model, **self.fields)
         self.ledger.folder.mkdir(mode=0o700, exist_ok=True)
-        files = [self.stack.enter_context(self.ledger.file(part, what).open("wb", BLOCK)) for what in FILES]
-        self.writers[model] = writer = Writer(part, self.target.for_model(model), *files)
+        upload, metadata = (self.stack.enter_context(self.ledger.file(part, what).open("wb", BLOCK)) for what in FILES)
+        self.writers[model] = writer = Writer(part, self.target.for_model(model), upload, metadata)
         return writer
 
     def close(self, writer: Writer) -> None:

@@ -373,7 +373,11 @@ def read_output(line: Any, family: str) -> tuple[str, Reply, tuple[str, str, str
         return custom_id, Reply(body=error or None), (kind if kind != "errored" else "", *error_words(error)[1:])
     response, error = line.get("response"), line.get("error")
     if family == "gemini":
-        return custom_id, Reply(status=200, body=response), error_words(error) if error else None
+        return (
+            custom_id,
+            Reply(status=0 if error else 200, body=error or response),
+            error_words(error) if error else None,
+        )
     outer = as_dict(response)
     body = outer.get("body", outer if outer and "status_code" not in outer else None)
     status = number(outer.get("status_code")) or (200 if body is not None else 0)

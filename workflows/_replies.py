@@ -155,8 +155,8 @@ def read_logprobs(found: Any) -> tuple[tuple[bytes, float], ...]:
 def tokens_of(response: Any) -> int | None:
     """Tokens that a reply was charged, prompt and output; None if it does not say."""
     reply = as_dict(response)
-    shape = "gemini" if "usageMetadata" in reply else "deepinfra" if "inference_status" in reply else "chat"
-    usage = read_usage(reply, shape)
+    native = "gemini" if "usageMetadata" in reply else "deepinfra" if "inference_status" in reply else ""
+    usage = read_usage(reply, native or ("responses" if "input_tokens" in as_dict(reply.get("usage")) else "chat"))
     return usage.total if usage else None
 
 

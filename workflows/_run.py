@@ -13,6 +13,7 @@ import os
 import re
 import signal
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,7 +149,7 @@ class Model:
     system: str = ""
     parameters: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def shape(self) -> str:
         """The shape of its requests."""
         return shape_for(self.url, self.provider)
@@ -243,9 +244,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Add what can be said about a run of any workflow."""
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N requests: a smoke run")
     parser.add_argument("--dry_run", action="store_true", help="count requests and tokens, send nothing")
-    parser.add_argument(
-        "--restart", action="store_true", help="ask everything again; the old results are kept, renamed"
-    )
+    parser.add_argument("--restart", action="store_true", help="ask all again; the old results are kept, renamed")
     parser.add_argument("--progress", default="auto", choices=["auto", "bar", "lines", "none"])
     parser.add_argument("--cache_filepath", default="", metavar="FILE", help="SQLite file with answers known already")
 

@@ -64,7 +64,6 @@ RULE = "=" * 80
 class Matrix:
     """One config: its models, prompts and people, and where things go."""
 
-    path: Path
     models: dict[str, _run.Model]  # by the name that the output shows
     prompts: list[str]
     people: dict[str, Path]
@@ -103,7 +102,7 @@ def read_matrix(path: Path, provider: str) -> Matrix:
     if not people:
         raise UsageError(f"records_dir {folder} holds no records ({', '.join(RECORD_ENDINGS)})")
     prompts = read_prompts(Path(config["prompts_file"]))
-    return Matrix(path, read_models(config, provider), prompts, people, Path(config["output_dir"]), config)
+    return Matrix(read_models(config, provider), prompts, people, Path(config["output_dir"]), config)
 
 
 def read_models(config: _run.Config, provider: str) -> dict[str, _run.Model]:

@@ -26,15 +26,18 @@ import asyncio
 import contextlib
 import os
 import re
+import shutil
 import sys
 import time
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from api_request_parallel_processor import (
     LOGGER,
     ResultsFile,
+    ResultsLost,
     Secrets,
     Settings,
     UsageError,
@@ -63,7 +66,7 @@ from workflows._batch_ledger import (
     Part,
 )
 from workflows._batch_parts import Plan, Splitter, requests_of, split
-from workflows._batch_providers import RUNNING, Target
+from workflows._batch_providers import RUNNING
 from workflows._requests import endpoint_of
 from workflows._results import Results, read_requests
 
@@ -71,7 +74,6 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Awaitable, Callable, Sequence
 
-    from api_request_parallel_processor import Endpoint
 
 OPENAI, DASHSCOPE = "https://api.openai.com/v1", "https://dashscope.aliyuncs.com/compatible-mode/v1"
 SEED_KEY, SEED_MODEL, SEED_URL, SEED_WINDOW = (
@@ -143,11 +145,11 @@ HELP = {
 class Batch:
     """A request file on its way through a Batch API."""
 
-    def __init__(self, options: Options, endpoint: Endpoint, target: Target, ledger: Ledger, client: Client) -> None:
-        self.options, self.endpoint, self.target, self.ledger = options, endpoint, target, ledger
-        self.results_path = results_of(options)
+    def __init__(self, options: Options, client: Client, ledger: Ledger, results_path: Path) -> None:
+        self.options, self.ledger, self.results_path = options, ledger, results_path
+        self.endpoint, self.target = client.endpoint, client.target
         self.hours = providers.window_hours(options.completion_window)
-        self.jobs = Jobs(ledger, client, target, self.results_path, options.requests_filepath, options.settle_seconds)
+        self.jobs = Jobs(ledger, client, client.target, results_path, options.requests_filepath, options.settle_seconds)
         self.jobs.resubmit = options.resubmit
         self.plan = Plan()
         self.settled: set[str] = set()  # tags of unclear parts that were looked for
@@ -165,6 +167,7 @@ class Batch:
         splitter = Splitter(ledger, self.target, name, common, self.plan)
         requests = requests_of(Path(options.requests_filepath), self.endpoint, options.limit or sys.maxsize)
         results = ResultsFile(str(self.results_path), options.requests_filepath)
+        ours = not ledger.open_parts() or size_of(results.path) == ledger.results_bytes
         try:
             for notice in results.notices:
                 LOGGER.warning("%s", notice)
@@ -173,7 +176,7 @@ class Batch:
         finally:
             results.close()
         if not ledger.open_parts(COLLECTING):
-            ledger.results_bytes = size_of(results.path)
+            ledger.results_bytes = size_of(results.path) if ours else -1
         ledger.save()
 
     def tell(self) -> None:
@@ -229,7 +232,7 @@ class Batch:
     async def collect(self) -> bool:
         """Look at every submitted job, collect those that have ended; tells whether one was."""
         moved = False
-        for part in self.ledger.open_parts(SUBMITTED, COLLECTING):
+        for part in self.ledger.open_parts(COLLECTING) + self.ledger.open_parts(SUBMITTED):
             job = await self.jobs.look(part)
             if job.phase != RUNNING and part.open:
                 moved = await self.jobs.collect(part, job) or moved
@@ -247,17 +250,18 @@ class Batch:
 
     async def run(self) -> int:
         """Create, wait, collect, and finish live if that is wanted."""
+        before = {part.tag for part in self.ledger.parts if not part.open}
         while True:
-            known = len(self.ledger.parts)
+            returned = sum(part.state == RETURNED for part in self.ledger.parts)
             self.prepare()
             self.tell()
             if self.options.dry_run:
-                self.ledger.drop_prepared()
                 return 0
             await self.drive()
-            if not any(part.state == RETURNED for part in self.ledger.parts[known:]):
+            if sum(part.state == RETURNED for part in self.ledger.parts) == returned:
                 break
-        failed = self.plan.failed_before + self.plan.unfit + sum(part.failed for part in self.ledger.parts[known:])
+        mine = [part for part in self.ledger.parts if part.tag not in before]
+        failed = self.plan.failed_before + self.plan.unfit + sum(part.failed for part in mine)
         LOGGER.info("The results are in %s.", self.results_path)
         if (self.options.finish_live or self.options.live_after) and failed:
             LOGGER.info("Sending live what the batches could not do.")
@@ -350,6 +354,16 @@ def results_of(options: Options) -> Path:
     return Path(options.live().results_path).resolve()
 
 
+def copied(results_path: Path, folder: Path) -> Path:
+    """Copy results and ledger, so that a dry run can do as it likes."""
+    for path in results_path.parent.glob(f"{results_path.name}*"):
+        if path == results_path or path.name.endswith(".batch.json"):
+            shutil.copy(path, folder)
+        elif path.name.endswith(".batch"):
+            shutil.copytree(path, folder / path.name)
+    return folder / results_path.name
+
+
 async def with_batch(options: Options, act: Callable[[Batch], Awaitable[int]], *, alone: bool = True) -> int:
     """Open everything, act, tidy up. alone: nobody else may work on these jobs at the same time."""
     secrets = Secrets()
@@ -357,11 +371,13 @@ async def with_batch(options: Options, act: Callable[[Batch], Awaitable[int]], *
         LOGGER.addFilter(secrets)
         stack.callback(LOGGER.removeFilter, secrets)
         endpoint = make_endpoint(options.live(), secrets)
-        target = providers.find_target(endpoint.url, endpoint.provider.name)
+        target = providers.find_target(options.request_url, endpoint.provider.name)
         results_path = results_of(options)
         if not results_path.parent.is_dir():
             raise UsageError(f"the folder of {results_path} does not exist")
-        if alone:
+        if options.dry_run:
+            results_path = copied(results_path, Path(stack.enter_context(TemporaryDirectory())))
+        elif alone and (options.requests_filepath or options.save_filepath):
             stack.enter_context(locked(Path(f"{results_path}.batch.json.lock")))
         ledger = Ledger(results_path)
         urls = {part.request_url for part in ledger.open_parts()} - {options.request_url}
@@ -370,7 +386,7 @@ async def with_batch(options: Options, act: Callable[[Batch], Awaitable[int]], *
                 f"the open jobs of {ledger.path} are at {urls.pop()}: use that --request_url, or cancel them"
             )
         async with Client(endpoint, target) as client:
-            return await act(Batch(options, endpoint, target, ledger, client))
+            return await act(Batch(options, client, ledger, results_path))
 
 
 async def run_batch(
@@ -464,11 +480,16 @@ def main(argv: list[str] | None = None) -> int:
         options = replace(options, requests_filepath=str(path))
     if not options.requests_filepath and not (options.save_filepath or arguments.command == "list" or arguments.ids):
         raise UsageError("say which requests: --requests_filepath, or --input_file with prompts")
+    return run_command(arguments.command, arguments.ids, options)
+
+
+def run_command(command: str, ids: Sequence[str], options: Options) -> int:
+    """Run one command to its end; gives the exit code."""
     providers.window_hours(options.live_after or "1h")
     try:
         with asyncio.Runner() as runner:
-            return runner.run(execute(arguments.command, arguments.ids, options))
-    except Stopped as stopped:
+            return runner.run(execute(command, ids, options))
+    except (Stopped, ResultsLost, LookupError) as stopped:
         complain(f"Stopped early: {stopped} The same command continues.")
         return 3
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from pathlib import Path
 from typing import IO
 
 import aiohttp
@@ -32,7 +33,7 @@ async def run(requests_path: str, results_path: str, url: str) -> None:
     """Run all workers over one file."""
     connector = aiohttp.TCPConnector(limit=WORKERS)
     headers = {"Authorization": "Bearer none"}
-    with open(requests_path, encoding="utf-8") as lines, open(results_path, "w", encoding="utf-8") as results:
+    with Path(requests_path).open(encoding="utf-8") as lines, Path(results_path).open("w", encoding="utf-8") as results:  # noqa: ASYNC230
         async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
             await asyncio.gather(*(worker(session, url, lines, results) for _ in range(WORKERS)))
 

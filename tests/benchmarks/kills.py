@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.benchmarks._common import (  # noqa: E402
+from tests.benchmarks._common import (
     Ended,
     Lines,
     Process,
@@ -216,8 +216,7 @@ class Job:
 
 def kill_often(folder: Path, kills: int, seed: int) -> Job:
     """Kill so many times, then finish; AssertionError if a promise is broken."""
-    options = {"latency": 0.1, "latency_spread": 0.7, "seed": seed}
-    with local_provider(folder, **options) as provider:
+    with local_provider(folder, latency=0.1, latency_spread=0.7, seed=seed) as provider:
         job = Job(folder, provider, seed)
         while (done := job.kinds.total()) < kills:
             kind = job.chance.choices(list(KINDS), list(KINDS.values()))[0]

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.benchmarks._common import (  # noqa: E402
+from tests.benchmarks._common import (
     Process,
     local_provider,
     program,
@@ -46,7 +46,9 @@ LIMIT = 6000  # requests a minute
 RATE = LIMIT / 60
 COUNT = 3000  # 30 s of it
 PROMPT, OUTPUT, CAP = 180, 90, 1000  # tokens: medians, and the max_tokens of those who set it generously
-WORDS = "the and for you not are all new was can has but our one may out use any see his who now get how its top".split()
+WORDS = (
+    "the and for you not are all new was can has but our one may out use any see his who now get how its top".split()
+)
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ def measure(row: Row, mode: str, folder: Path) -> list[str]:
     """Run the job of one row; gives the cells of its line."""
     stem = f"{ROWS.index(row)}.{mode}"
     requests, results = write_lines(folder / f"{stem}.jsonl", row.requests()), folder / f"{stem}_results.jsonl"
-    options = {"latency": LATENCY, "latency_spread": SPREAD, "headers": HEADERS[mode]} | row.server
+    options: dict[str, Any] = {"latency": LATENCY, "latency_spread": SPREAD, "headers": HEADERS[mode]} | row.server
     with local_provider(folder, **options) as provider:
         flags = ("--max_requests_per_minute", row.budgets[0], "--max_tokens_per_minute", row.budgets[1])
         process = Process.start(program(requests, results, provider.url, *flags), folder)
