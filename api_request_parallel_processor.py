@@ -74,11 +74,10 @@ from functools import partial
 from html import unescape
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 import aiohttp
-import yarl
 
 try:
     import orjson
@@ -87,7 +86,11 @@ except ImportError:
 try:
     import uvloop
 except ImportError:
-    uvloop = None
+    uvloop = None  # type: ignore[assignment]
+try:
+    import tiktoken.load
+except ImportError:
+    tiktoken = None  # type: ignore[assignment]
 
 __version__ = "0.1.0"
 __all__ = ["Settings", "Tally", "UsageError", "process_api_requests_from_file"]
@@ -100,9 +103,14 @@ class UsageError(Exception):
     """Wrong flags or files; nothing was touched. The text says what to do."""
 
 
-def option(station: str, default: Any, text: str, choices: Callable[[], Iterable[str]] = list) -> Any:
-    """One setting: its station, default and help, for Settings and the command line alike."""
+def option(station: str, default: Any, text: str, choices: str = "") -> Any:
+    """One setting: its station, default, help and the table of its values, for Settings and the command line alike."""
     return field(default=default, metadata={"station": station, "help": text, "choices": choices})
+
+
+def choices_of(table: str) -> list[str]:
+    """The values that a setting may have: auto and the names in a table; [] if it may have any."""
+    return ["auto", *globals()[table]] if table else []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +126,7 @@ class Settings:
     seconds_to_sleep_each_loop: float = option("pace", 0.0, "shortest time between two request starts, in seconds")
     max_concurrent_requests: int = option("pace", 0, "requests in flight at once; 0 = as many as useful")
     request_url: str = option("send", "https://api.openai.com/v1/chat/completions", "the endpoint")
-    provider: str = option("send", "auto", "whose rules apply", lambda: ("auto", *PROVIDERS))
+    provider: str = option("send", "auto", "whose rules apply", "PROVIDERS")
     api_key: str = option("send", "", "the key; other users of this machine can see it here: better --api_key_env")
     api_key_env: str = option("send", "", "environment variable with the key; default: the provider's usual one")
     request_header: tuple[str, ...] = option("send", (), "'Name: value' to send along; repeatable")
@@ -130,9 +138,7 @@ class Settings:
     save_filepath: str = option("record", "", "results; default: .jsonl of the request file becomes _results.jsonl")
     save_details: bool = option("record", default=False, text="add attempts, times and tokens to result lines")
     restart: bool = option("record", default=False, text="start afresh; the old results file is kept, renamed")
-    progress: str = option(
-        "report", "auto", "bar, lines or none; auto = bar on a terminal, else lines", lambda: ("auto", *PROGRESS)
-    )
+    progress: str = option("report", "auto", "bar, lines or none; auto = bar on a terminal, else lines", "PROGRESS")
     logging_level: str = option("report", "20", "number or name: 10 DEBUG, 20 INFO, 30 WARNING, 40 ERROR")
     input_price: float = option("report", 0.0, "price of a million input tokens")
     output_price: float = option("report", 0.0, "price of a million output tokens")
@@ -142,7 +148,7 @@ class Settings:
         """Refuse values that mean nothing."""
         above_0 = ("max_attempts", "request_timeout", "max_reply_megabytes")
         for knob in fields(self):
-            value, choices = getattr(self, knob.name), tuple(knob.metadata["choices"]())
+            value, choices = getattr(self, knob.name), choices_of(knob.metadata["choices"])
             number = isinstance(value, int | float)
             if (number and not 0 <= value < math.inf) or (knob.name in above_0 and not value):
                 raise UsageError(
@@ -632,7 +638,7 @@ def parse_line(number: int, raw: bytes, endpoint: Endpoint) -> Request:
 
 def check_batch_line(line: dict[str, Any], endpoint: Endpoint) -> str:
     """Why an OpenAI Batch line is not for this endpoint; "" if it is."""
-    path = endpoint.url.path
+    path = urlsplit(endpoint.url).path
     method, url = line.get("method", "POST"), line.get("url", path)
     if method != "POST":
         return f"its method is {method!r}; only POST can be sent"
@@ -644,8 +650,7 @@ def check_batch_line(line: dict[str, Any], endpoint: Endpoint) -> str:
 # ==== 2 estimate: tokens it will be charged ===========================================================================
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(NamedTuple):
     """Tokens of a request as counted before it is sent."""
 
     prompt: int
@@ -653,8 +658,7 @@ class Estimate:
     answers: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
+class Cost(NamedTuple):
     """Tokens that a request is expected to be charged."""
 
     expected: int  # learned prompt and learned output
@@ -662,8 +666,7 @@ class Cost:
     prompt: int = 0  # in both
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """Tokens of one reply as the provider tells them."""
 
     prompt: int
@@ -674,12 +677,6 @@ class Usage:
     def total(self) -> int:
         """Prompt and output."""
         return self.prompt + self.output
-
-
-try:
-    import tiktoken.load
-except ImportError:
-    tiktoken = None  # type: ignore[assignment]
 
 
 PROMPT_KEYS = {*"messages input prompt contents system instructions systemInstruction response_format text".split()}
@@ -744,8 +741,8 @@ def tool_tokens(tool: Any, count: Callable[[str], int]) -> int:
     function = tool.get("function", tool)
     properties = (function.get("parameters") or function.get("input_schema") or {}).get("properties", {})
     total = count(f"{function.get('name')}:{function.get('description', '')}".removesuffix("."))
-    for key, field in properties.items():
-        text = f"{key}:{(rest := dict(field)).pop('type', '')}:{rest.pop('description', '')}".removesuffix(".")
+    for key, schema in properties.items():
+        text = f"{key}:{(rest := dict(schema)).pop('type', '')}:{rest.pop('description', '')}".removesuffix(".")
         total += count(text) + sum(3 + count(str(item)) for item in rest.pop("enum", None) or [""])
         total += content_tokens(rest or None, "", count)
     return total + (10 if properties else 7)
@@ -851,8 +848,7 @@ class LearnedTokens(dict[str, list[float]]):
 # ==== 3 pace: when may it start? ======================================================================================
 
 
-@dataclass(frozen=True, slots=True)
-class ServerLimits:
+class ServerLimits(NamedTuple):
     """What one reply says about limits; None = it does not say. Durations in seconds from now."""
 
     retry_after: float | None = None
@@ -1252,7 +1248,7 @@ class Secrets(logging.Filter):
 class Endpoint:
     """One URL with its key, its rules and its pacing."""
 
-    url: yarl.URL
+    url: str
     provider: Provider
     shape: str
     key: str
@@ -1266,8 +1262,8 @@ class Endpoint:
     async def open(self, stack: contextlib.AsyncExitStack, timeout_seconds: float) -> None:
         """Open the connection pool, without aiohttp's limit of connections; `stack` closes it."""
         timeout = aiohttp.ClientTimeout(total=timeout_seconds, sock_connect=CONNECT_SECONDS)
-        more = {"connector": aiohttp.TCPConnector(limit=0, ttl_dns_cache=300), "cookie_jar": aiohttp.DummyCookieJar()}
-        session = aiohttp.ClientSession(headers=self.headers, timeout=timeout, **more)
+        pool, jar = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300), aiohttp.DummyCookieJar()
+        session = aiohttp.ClientSession(connector=pool, cookie_jar=jar, headers=self.headers, timeout=timeout)
         self.session = await stack.enter_async_context(session)
 
     async def send(self, body: dict[str, Any]) -> Reply:
@@ -1367,7 +1363,6 @@ BY_STATUS |= dict.fromkeys((408, 409, 425, 498, 499), BUSY)  # 498: Groq is out 
 BY_CENTURY = {3: REDIRECTED, 4: REJECTED}  # all else is the provider's fault
 EVERYWHERE = {"context_length_exceeded model_not_found": REJECTED, "content_filter content_policy*": FILTERED}
 UNDER_200 = {"invalid* bad*": 400, "auth*": 401, "billing*": 402, "permission*": 403, "rate_limit* throttl*": 429}
-PLAIN_ENDS = {"stop", "length", "tool_calls"}
 BLOCKED = set("content_filter sensitive refusal safety recitation blocklist prohibited_content spii other".split())
 UNFINISHED = set("insufficient_system_resource network_error error malformed_function_call failed queued".split())
 CACHED = ("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens", "cachedContentTokenCount")
@@ -1429,7 +1424,8 @@ def look_inside(body: Any, answer: str) -> Meaning | None:
     if not isinstance(body, dict):
         return NO_ANSWER
     found = body.get(answer)
-    if found and answer == "choices" and all(only(dict, c).get("finish_reason") in PLAIN_ENDS for c in found):
+    plain = [only(dict, choice).get("finish_reason") in ("stop", "length") for choice in only(list, found)]
+    if plain and all(plain) and answer == "choices":
         return ANSWERED  # subtle: the rest decides the same, slower
     if not found and only(dict, body.get("promptFeedback")).get("blockReason"):
         return FILTERED
@@ -2122,10 +2118,10 @@ def make_endpoint(settings: Settings, secrets: Secrets) -> Endpoint:
     allowed = open_files_for(wanted)
     if allowed < min(wanted, MOST_CONCURRENT // 2):
         LOGGER.warning("Open files are limited to at most %d requests in flight; `ulimit -n` raises that.", allowed)
-    hints = {"per_second": provider.per_second, "concurrency_hint": provider.concurrency}
-    pacer = Pacer(*settings.budgets, allowed, settings.seconds_to_sleep_each_loop, **hints)
+    per_second, at_once = provider.per_second, provider.concurrency
+    pacer = Pacer(*settings.budgets, allowed, settings.seconds_to_sleep_each_loop, per_second, at_once)
     shape, max_bytes = find_shape(parts.path, provider), int(settings.max_reply_megabytes * 2**20)
-    return Endpoint(yarl.URL(url), provider, shape, key, headers, pacer, find_proxy(url, secrets), max_bytes, secrets)
+    return Endpoint(url, provider, shape, key, headers, pacer, find_proxy(url, secrets), max_bytes, secrets)
 
 
 def is_private(host: str, *, loopback_only: bool = False) -> bool:
@@ -2194,13 +2190,13 @@ def build_parser() -> argparse.ArgumentParser:
     groups = {name: parser.add_argument_group(name) for name in STATIONS}
     for knob in fields(Settings):
         more: dict[str, Any] = {"help": knob.metadata["help"]}
-        kind = str if knob.default is MISSING else type(knob.default)
+        kind: type = str if knob.default is MISSING else type(knob.default)
         if kind is bool:
             more["action"] = "store_true"
         elif kind is tuple:
             more |= {"action": "append", "metavar": "TEXT", "default": []}
         else:
-            choices = tuple(knob.metadata["choices"]())
+            choices = choices_of(knob.metadata["choices"])
             more |= {"type": kind, "required": knob.default is MISSING, "choices": choices or None}
             more["metavar"] = None if choices else kind.__name__.upper()
         if kind in (int, float) or (kind is str and knob.default not in ("", MISSING)):
@@ -2255,7 +2251,7 @@ class Shape:
 
 OBJECTS, OBJECT, ANYTHING = "a list of objects", "an object", "a text, a list or an object"
 IN_OUT = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"), ("output_tokens",)
-GOOGLE_IN_OUT = ("promptTokenCount", "toolUsePromptTokenCount"), ("candidatesTokenCount", "thoughtsTokenCount")
+IN_OUT_GOOGLE = ("promptTokenCount", "toolUsePromptTokenCount"), ("candidatesTokenCount", "thoughtsTokenCount")
 SHAPES = {
     "chat": Shape("*/chat/completions */gpt", "messages", OBJECTS, "choices"),
     "completions": Shape("*/completions", "prompt", ANYTHING, "choices"),
@@ -2263,13 +2259,14 @@ SHAPES = {
     "responses": Shape("*/responses", "input prompt", ANYTHING, "output", "usage", *IN_OUT),
     "moderations": Shape("*/moderations", "input", ANYTHING, "results"),
     "anthropic": Shape("*/messages *:rawPredict */claude", "messages", OBJECTS, "content", "usage", *IN_OUT),
-    "gemini": Shape("*:generateContent", "contents", OBJECTS, "candidates", "usageMetadata", *GOOGLE_IN_OUT),
+    "gemini": Shape("*:generateContent", "contents", OBJECTS, "candidates", "usageMetadata", *IN_OUT_GOOGLE),
     "dashscope": Shape("*/api/v1/services/*", "input", OBJECT, "output", "usage", *IN_OUT),
     "deepinfra": Shape(
         "*/v1/inference/*",
         "input inputs prompt",
         ANYTHING,
-        *["inference_status"] * 2,
+        "inference_status",
+        "inference_status",
         ("tokens_input",),
         ("tokens_generated",),
     ),
@@ -2493,7 +2490,7 @@ def goes_on(old: dict[str, Any], new: dict[str, Any]) -> bool:
 
 def likely_mistake(endpoint: Endpoint, verdict: Verdict, reply: Reply) -> str:
     """What the user has probably done wrong, as a sentence; "" if nothing is known."""
-    provider, url = endpoint.provider, urlsplit(str(endpoint.url))
+    provider, url = endpoint.provider, urlsplit(endpoint.url)
     if verdict.kind == "no_money":
         return "Top up, raise the spending limit or wait for the new quota, then start again: what is done is kept."
     if verdict.kind == "auth":

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from api_request_parallel_processor import Tally, process_api_requests_from_file
 from tests.local_provider import LocalProvider, Options, Stats
@@ -43,7 +43,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         return self.now
 
 
-class JumpingSelector(selectors.DefaultSelector):  # type: ignore[misc,valid-type]
+class JumpingSelector(selectors.DefaultSelector):
     """A selector that lets time pass on its loop instead of waiting."""
 
     def __init__(self, loop: VirtualTimeLoop) -> None:
@@ -161,8 +161,8 @@ def run_program(path: Path | str, url: str = "", *flags: str, **more: Any) -> su
     environment = more.pop("environment", None)
     if environment is None:
         environment = clean_environment()
-    settings = {"capture_output": True, "timeout": 60, "check": False, "env": environment, **more}
-    return subprocess.run(command(path, url, *flags), **settings)
+    settings = {"capture_output": True, "timeout": 60, "env": environment, **more}
+    return subprocess.run(command(path, url, *flags), check=False, **settings)
 
 
 def told(done: subprocess.CompletedProcess[bytes]) -> str:
@@ -179,7 +179,7 @@ class ProviderProcess:
         self.words += ["--port_file", str(self.port_file), *map(str, flags)]
         self.url = ""
 
-    def __enter__(self) -> ProviderProcess:
+    def __enter__(self) -> Self:
         self.process = subprocess.Popen(self.words, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout
         self.url = self.process.stdout.readline().removeprefix("listening on ").strip()

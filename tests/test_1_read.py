@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 GOOD = json.dumps(chat()).encode()
+OPEN = GOOD[:-1]  # for more fields
+IMAGE = "data:image/png;base64,"
 
 # ---- lines that cannot be sent: each becomes a failed line that names the physical line and the reason ---------------
 
@@ -61,7 +63,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "nested too deep": (b'{"model": "m", "messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "deep"),
     "nested too deep, objects": (b'{"a": ' * 5000 + b"1" + b"}" * 5000, "deep"),
     "batch line for another endpoint": (
-        b'{"custom_id": "a", "method": "POST", "url": "/v1/embeddings", "body": {"model": "m", "messages": [{"role": "user", "content": "x"}]}}',
+        b'{"custom_id": "a", "method": "POST", "url": "/v1/embeddings", "body": ' + GOOD + b"}",
         "/v1/embeddings",
     ),
     "batch line to get": (
@@ -128,23 +130,27 @@ def test_stream_in_a_family_that_has_none_here(tmp_path: Path) -> None:
     assert played.kinds == [["bad_line"]]
 
 
-# ---- lines that are valid go through unharmed ---------------------------------------------------------------------------
+# ---- lines that are valid go through unharmed ------------------------------------------------------------------------
 
 VALID: dict[str, bytes] = {
     "lone surrogate": rb'{"model": "m", "messages": [{"role": "user", "content": "a\ud800b"}], "\udfff": 1}',
-    "integers beyond 64 bits": b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "seed": -123456789012345678901234567890}',
-    "integers of 2**63 and 2**64": b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "a": [9223372036854775808, 18446744073709551616]}',
+    "integers beyond 64 bits": OPEN + b', "seed": -123456789012345678901234567890}',
+    "integers of 2**63 and 2**64": OPEN + b', "a": [9223372036854775808, 18446744073709551616]}',
     "an integer of 5,000 digits": b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "seed": '
     + b"7" * 5000
     + b"}",
     "1e2": b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "temperature": 1e2, "b": 1E-7, "c": -0.0}',
-    "special tokens": b'{"model": "m", "messages": [{"role": "user", "content": "<|endoftext|><|im_start|> <|fim_prefix|>"}]}',
-    "content null": b'{"model": "m", "messages": [{"role": "assistant", "content": null, "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}, {"role": "tool", "tool_call_id": "c", "content": "1"}]}',
-    "parts": b'{"model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,!!"}}]}]}',
-    "line separators within": '{"model": "m", "messages": [{"role": "user", "content": "a\u2028b\u0085c\x7f"}]}'.encode(),
+    "special tokens": GOOD.replace(b"hello", b"<|endoftext|><|im_start|> <|fim_prefix|>"),
+    "content null": b'{"model": "m", "messages": [{"role": "assistant", "content": null, "tool_calls": [{"id": "c", '
+    b'"type": "function", "function": {"name": "f", "arguments": "{}"}}]}, '
+    b'{"role": "tool", "tool_call_id": "c", "content": "1"}]}',
+    "parts": b'{"model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, '
+    b'{"type": "image_url", "image_url": {"url": "data:image/png;base64,!!"}}]}]}',
+    "line separators within": GOOD.replace(b"hello", "a\u2028b\u0085c\x7f".encode()),
     "order of keys": b'{"zeta": 1, "messages": [{"content": "x", "role": "user"}], "model": "m", "alpha": 2}',
     "empty content": b'{"model": "m", "messages": [{"role": "user", "content": ""}]}',
-    "odd but objects": b'{"model": "m", "messages": [{"role": "user", "content": {"a": [1, null, true]}}], "tools": [null], "n": "1", "max_tokens": -1}',
+    "odd but objects": GOOD.replace(b'"hello"', b'{"a": [1, null, true]}')[:-1]
+    + b', "tools": [null], "n": "1", "max_tokens": -1}',
     "400 levels": b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "deep": '
     + b"[" * 400
     + b"]" * 400
@@ -230,7 +236,7 @@ def test_a_file_of_nothing_but_a_bom(tmp_path: Path) -> None:
     assert play(tmp_path, [b"\xef\xbb\xbf"]).tally.exit_code == 0
 
 
-@pytest.mark.parametrize("text", [" " * 1_000_000, "data:image/png;base64," + "A" * 50_000_000, "a" * 300_000, "中" * 200_000],
+@pytest.mark.parametrize("text", [" " * 1_000_000, IMAGE + "A" * 50_000_000, "a" * 300_000, "中" * 200_000],
                          ids=["a million spaces", "50 MB", "one long word", "chinese"])  # fmt: skip
 def test_long_lines(tmp_path: Path, text: str) -> None:
     """Very long lines are read, counted and sent, and others are sent meanwhile."""
@@ -242,7 +248,7 @@ def test_long_lines(tmp_path: Path, text: str) -> None:
     assert any(line[0] == long for line in played.lines)
 
 
-# ---- files that grow, standard input ------------------------------------------------------------------------------------
+# ---- files that grow, standard input ---------------------------------------------------------------------------------
 
 
 def test_an_unfinished_last_line_is_waited_for(tmp_path: Path) -> None:

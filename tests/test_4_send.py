@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
 import ssl
 import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
@@ -61,7 +63,7 @@ def everything(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "job.jsonl")
 
 
-# ---- proxies -------------------------------------------------------------------------------------------------------------
+# ---- proxies ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_proxy_of_the_environment_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +122,7 @@ def test_a_proxy_that_cannot_be_used_is_no_secret_leak(
         virtually(process_api_requests_from_file(path, request_url="https://10.255.255.254/v1/chat/completions"))
     assert PASSWORD not in str(told.value)
     assert "proxy" in str(told.value)
-    assert os.listdir(tmp_path) == ["job.jsonl"]
+    assert [path.name for path in tmp_path.iterdir()] == ["job.jsonl"]
 
 
 def test_a_proxy_that_refuses_is_told_without_its_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +143,7 @@ def test_a_proxy_that_refuses_is_told_without_its_password(tmp_path: Path, monke
     assert KEY.encode() not in left
 
 
-# ---- secrets ---------------------------------------------------------------------------------------------------------------
+# ---- secrets ---------------------------------------------------------------------------------------------------------
 
 
 def echo(text: str, status: int = 200) -> dict[str, Any]:
@@ -154,7 +156,13 @@ def echo(text: str, status: int = 200) -> dict[str, Any]:
 @pytest.mark.parametrize("status", [200, 400, 500])
 @pytest.mark.parametrize(
     "echoed",
-    [SLASHED, SLASHED.replace("/", "\\/"), SLASHED.replace("+", "\\u002b").replace("=", "\\u003d"), SLASHED.replace("/", "%2F").replace("+", "%2B").replace("=", "%3D"), "Bearer " + SLASHED],
+    [
+        SLASHED,
+        SLASHED.replace("/", "\\/"),
+        SLASHED.replace("+", "\\u002b").replace("=", "\\u003d"),
+        SLASHED.replace("/", "%2F").replace("+", "%2B").replace("=", "%3D"),
+        "Bearer " + SLASHED,
+    ],
     ids=["plain", "slashes escaped, as PHP does", "signs escaped, as Java and .NET do", "as in a URL", "with Bearer"],
 )  # fmt: skip
 def test_the_key_is_redacted_however_it_is_echoed(tmp_path: Path, status: int, echoed: str) -> None:
@@ -253,7 +261,7 @@ def test_short_keys_are_not_searched_for(tmp_path: Path, caplog: pytest.LogCaptu
     assert "shorter" in caplog.text
 
 
-# ---- replies of all sizes and kinds ------------------------------------------------------------------------------------------
+# ---- replies of all sizes and kinds ----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -262,18 +270,17 @@ def test_a_gzip_bomb_takes_little_memory(tmp_path: Path) -> None:
     """A reply of a gigabyte when unpacked is given up early, and others go on."""
     job = write_lines(tmp_path / "job.jsonl", chats(6))
 
-    async def run() -> tuple[int, int]:
-        import asyncio
+    def watch(url: str) -> tuple[int, int]:
+        words = command(job, url, "--max_reply_megabytes", "5")
+        process = subprocess.Popen(words, env=clean_environment(), stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        return process.returncode, usage.ru_maxrss // (1024 if sys.platform == "darwin" else 1)
 
+    async def run() -> tuple[int, int]:
         rules = [{"contains": "001.", "fault": "gzip_bomb"}]
         async with LocalProvider(Options(statuses=rules, huge_megabytes=1000)) as provider:
-            words = command(job, provider.url + CHAT, "--max_reply_megabytes", "5")
-            process = subprocess.Popen(words, env=clean_environment(), stderr=subprocess.DEVNULL)
-            _, status, usage = await asyncio.to_thread(os.wait4, process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            return process.returncode, usage.ru_maxrss
-
-    import asyncio
+            return await asyncio.to_thread(watch, provider.url + CHAT)
 
     code, kilobytes = asyncio.run(run())
     assert code == 1
@@ -328,7 +335,7 @@ def test_blank_lines_before_the_json(tmp_path: Path) -> None:
     assert play(tmp_path, chats(2), Options(keep_alive_lines=50, latency=30)).tally.exit_code == 0
 
 
-# ---- where a key may travel --------------------------------------------------------------------------------------------------
+# ---- where a key may travel ------------------------------------------------------------------------------------------
 
 
 async def only_check(folder: Path, url: str, **settings: Any) -> Any:
@@ -344,15 +351,29 @@ def test_plain_http_with_a_key_to_a_public_address(tmp_path: Path, url: str) -> 
     """It would show the key to everybody on the way: wrong usage, unless it is allowed."""
     with pytest.raises(UsageError, match="allow_plain_http"):
         virtually(only_check(tmp_path, url))
-    assert os.listdir(tmp_path) == ["job.jsonl"]
+    assert [path.name for path in tmp_path.iterdir()] == ["job.jsonl"]
 
 
-@pytest.mark.parametrize("url", ["", "no address", "ftp://host/v1/chat/completions", "http://", "https:///v1/chat/completions", "api.openai.com/v1/chat/completions", "http://127.0.0.1:99999/v1/chat/completions", "http://[::1/v1/chat/completions", "http://127.0.0.1:abc/v1/chat/completions", "http://127.0.0.1/v1/unheard/of"])  # fmt: skip
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "no address",
+        "ftp://host/v1/chat/completions",
+        "http://",
+        "https:///v1/chat/completions",
+        "api.openai.com/v1/chat/completions",
+        "http://127.0.0.1:99999/v1/chat/completions",
+        "http://[::1/v1/chat/completions",
+        "http://127.0.0.1:abc/v1/chat/completions",
+        "http://127.0.0.1/v1/unheard/of",
+    ],
+)
 def test_addresses_that_are_none(tmp_path: Path, url: str) -> None:
     """An address that cannot be used is wrong usage, before anything is sent or written."""
     with pytest.raises(UsageError):
         virtually(only_check(tmp_path, url))
-    assert os.listdir(tmp_path) == ["job.jsonl"]
+    assert [path.name for path in tmp_path.iterdir()] == ["job.jsonl"]
 
 
 @pytest.mark.parametrize("header", ["no colon", ": value", "Name: a\r\nOther: b", "Bad Name: x", "Naïve: x"])
@@ -370,15 +391,13 @@ def test_keys_that_are_none(tmp_path: Path, key: str) -> None:
     assert key not in str(told.value)
 
 
-# ---- TLS -----------------------------------------------------------------------------------------------------------------------
+# ---- TLS -------------------------------------------------------------------------------------------------------------
 
 
 def test_tls_against_a_server_without(tmp_path: Path) -> None:
     """Https to a port that speaks http ends the run at once, and says what to look at."""
 
     async def run() -> Any:
-        import asyncio
-
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await reader.read(1000)
             writer.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
@@ -406,8 +425,6 @@ def test_a_certificate_that_nobody_vouches_for(tmp_path: Path) -> None:
     seen: list[bytes] = []
 
     async def run() -> Any:
-        import asyncio
-
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             seen.append(await reader.read(1000))
             writer.close()

@@ -66,10 +66,10 @@ def job(tmp_path: Path) -> Iterator[Path]:
 
 
 def untouched(job: Path) -> bool:
-    return os.listdir(job.parent) == ["job.jsonl"]
+    return [path.name for path in job.parent.iterdir()] == ["job.jsonl"]
 
 
-# ---- flags ------------------------------------------------------------------------------------------------------------------
+# ---- flags -----------------------------------------------------------------------------------------------------------
 
 
 def test_flags_are_the_promised_ones_and_the_fields_of_settings() -> None:
@@ -117,7 +117,7 @@ def test_dashes_are_accepted(job: Path, words: list[str]) -> None:
     assert untouched(job)
 
 
-# ---- wrong usage ----------------------------------------------------------------------------------------------------------------
+# ---- wrong usage -----------------------------------------------------------------------------------------------------
 
 WRONG: dict[str, tuple[list[str], str]] = {
     "no request file": (["--requests_filepath", "{}/none.jsonl"], "none.jsonl"),
@@ -182,7 +182,7 @@ def test_results_that_are_something_else(job: Path, content: bytes) -> None:
     assert code == 2
     assert "--save_filepath" in errors
     assert other.read_bytes() == content
-    assert len(os.listdir(job.parent)) == 2
+    assert len(list(job.parent.iterdir())) == 2
 
 
 @pytest.mark.slow
@@ -233,7 +233,7 @@ def test_python_takes_what_the_cookbooks_function_took(job: Path) -> None:
     assert untouched(job)
 
 
-# ---- keys ----------------------------------------------------------------------------------------------------------------------
+# ---- keys ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_key_of_the_environment(job: Path, provider: ProviderProcess) -> None:
@@ -253,7 +253,7 @@ def test_the_key_of_the_environment(job: Path, provider: ProviderProcess) -> Non
         assert "0123456789" not in told(done)
 
 
-# ---- dry runs, limits, notices -----------------------------------------------------------------------------------------------
+# ---- dry runs, limits, notices ---------------------------------------------------------------------------------------
 
 
 def test_a_dry_run_needs_and_touches_nothing(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +282,7 @@ def test_a_dry_run_leaves_results_alone(job: Path) -> None:
     assert main("--requests_filepath", str(job), "--dry_run", "--restart")[0] == 0
     assert results.read_bytes() == b'[{"model": "m"}, {"id"'
     assert lock.read_bytes() == b"1\n"
-    assert len(os.listdir(job.parent)) == 3
+    assert len(list(job.parent.iterdir())) == 3
 
 
 @pytest.mark.parametrize("path", ["", "/", "/v1", "/v1/"])

@@ -39,7 +39,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POS
 COOKBOOK = json.loads(r"""
 {"success": "[{\"model\": \"text-embedding-3-small\", \"input\": \"0\\n\"}, {\"object\": \"list\", \"data\": []}]",
  "metadata": "[{\"model\": \"m\", \"input\": \"1\"}, {\"object\": \"list\", \"data\": []}, {\"row_id\": 1}]",
- "failure": "[{\"model\": \"m\", \"input\": \"2\"}, [\"Cannot connect to host\", {\"error\": {\"message\": \"Rate limit\"}}]]",
+ "failure": "[{\"model\": \"m\", \"input\": \"2\"}, [\"No connection\", {\"error\": {\"message\": \"Rate limit\"}}]]",
  "failure with metadata": "[{\"model\": \"m\", \"input\": \"3\"}, [\"\"], {\"row_id\": 3}]"}
 """)
 
@@ -71,12 +71,17 @@ def start(path: Path, url: str, *flags: str, **more: Any) -> subprocess.Popen[by
     return subprocess.Popen(command(path, url, *flags), **more)
 
 
+def until_lines(path: Path, number: int, process: subprocess.Popen[bytes]) -> None:
+    """Wait for so many lines, or for the end of the process."""
+    until(lambda: count(path) >= number or process.poll() is not None)
+
+
 def count(path: Path) -> int:
     """Count the whole lines of a file that may not be there yet."""
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-# ---- jobs as people have them -----------------------------------------------------------------------------------------
+# ---- jobs as people have them ----------------------------------------------------------------------------------------
 
 
 def test_happy_path(provider: ProviderProcess, job: Path, results: Path) -> None:
@@ -188,7 +193,7 @@ def test_the_single_file_alone(provider: ProviderProcess, tmp_path: Path) -> Non
     assert one_line_each(chats(3), read_lines(tmp_path / "job_results.jsonl"))
 
 
-# ---- killed -------------------------------------------------------------------------------------------------------------
+# ---- killed ----------------------------------------------------------------------------------------------------------
 
 
 def changed(requests: list[dict[str, Any]], rng: random.Random, extra: int) -> list[dict[str, Any]]:
@@ -212,8 +217,7 @@ def test_kill_9_at_random_moments_then_resume(provider: ProviderProcess, job: Pa
     for kill in range(5):
         write_lines(job, requests)
         process = start(job, provider.url + CHAT, *flags)
-        at_least = count(results) + rng.randrange(40)
-        until(lambda least=at_least, this=process: count(results) >= least or this.poll() is not None)  # type: ignore[misc]
+        until_lines(results, count(results) + rng.randrange(40), process)
         time.sleep(rng.random() * 0.05)
         process.kill()
         process.communicate()
@@ -241,7 +245,7 @@ def test_kill_9_at_random_moments_then_resume(provider: ProviderProcess, job: Pa
     assert sorted(path.name for path in job.parent.iterdir()) == ["job.jsonl", "job_results.jsonl"]
 
 
-# ---- interrupted ----------------------------------------------------------------------------------------------------------
+# ---- interrupted -----------------------------------------------------------------------------------------------------
 
 
 @posix
@@ -296,7 +300,8 @@ def test_a_vanished_terminal_does_not_end_a_run(
     write_lines(job, chats(60))
     ours, theirs = os.openpty()
     flags = (*FAST, "--max_concurrent_requests", "10", "--progress", progress, "--logging_level", "10")
-    process = start(job, provider.url + CHAT, *flags, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    process = start(job, provider.url + CHAT, *flags, **streams, start_new_session=True,
                     preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))  # fmt: skip
     os.close(theirs)
     until(lambda: count(results) >= 10, process)
@@ -305,7 +310,7 @@ def test_a_vanished_terminal_does_not_end_a_run(
     assert one_line_each(chats(60), read_lines(results))
 
 
-# ---- files that fail ------------------------------------------------------------------------------------------------------
+# ---- files that fail -------------------------------------------------------------------------------------------------
 
 
 @posix
@@ -384,7 +389,7 @@ def test_two_processes_on_one_results_file(provider: ProviderProcess, job: Path,
     assert one_line_each(chats(30), read_lines(results))
 
 
-# ---- secrets --------------------------------------------------------------------------------------------------------------
+# ---- secrets ---------------------------------------------------------------------------------------------------------
 
 
 @posix

@@ -674,8 +674,8 @@ class Killer:
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
 def test_kill_at_any_moment(tmp_path: Path) -> None:
-    """After kill -9 at ten moments (BATCH_KILLS) each request was submitted once and has one result line."""
-    draw, wanted, kills = random.Random(7), int(os.environ.get("BATCH_KILLS", "10")), 0
+    """After kill -9 at ten moments (TEST_BATCH_KILLS) each request was submitted once and has one result line."""
+    draw, wanted, kills = random.Random(7), int(os.environ.get("TEST_BATCH_KILLS", "10")), 0
     for turn in range(100):
         folder = tmp_path / str(turn)
         folder.mkdir()
