@@ -18,10 +18,12 @@ import itertools
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from api_request_parallel_processor import Cost, Outcome, Pacer, ServerLimits, Ticket
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 HEADER_MODES = ("x-ratelimit", "retry-after", "none")
 MEDIAN_LATENCY, SPREAD = 0.5, 0.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import threading
 from typing import TYPE_CHECKING, Any
@@ -320,3 +321,51 @@ def test_a_named_pipe_is_a_request_file(tmp_path: Path) -> None:
     assert virtually(run()) == 0
     writer.join()
     assert one_line_each(chats(20), read_lines(tmp_path / "out.jsonl"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="named pipes of POSIX")
+def test_an_idle_producer_is_no_trouble(tmp_path: Path) -> None:
+    """--give_up_minutes counts while something is tried, not while the producer thinks after a failed request."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    rules = [{"contains": "question 000.", "status": 400}]
+    lines = [json.dumps(request).encode() + b"\n" for request in chats(2)]
+
+    async def run() -> program.Tally:
+        async with LocalProvider(Options(statuses=rules)) as provider:
+            descriptor = os.open(pipe, os.O_RDWR)
+            os.write(descriptor, lines[0])
+            loop = asyncio.get_running_loop()
+            loop.call_later(100, os.write, descriptor, lines[1])
+            loop.call_later(110, os.close, descriptor)
+            save = str(tmp_path / "out.jsonl")
+            return await program.process_api_requests_from_file(
+                str(pipe), save_filepath=save, request_url=provider.url + CHAT, give_up_minutes=1, progress="none"
+            )
+
+    tally = virtually(run())
+    assert (tally.exit_code, tally.failed, tally.succeeded) == (1, 1, 1), tally.stop_reason
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("ending", ["limit", "signal"])
+def test_a_run_may_end_before_standard_input_does(provider: ProviderProcess, tmp_path: Path, ending: str) -> None:
+    """With the producer still there, a run that is interrupted or has enough ends cleanly."""
+    save = tmp_path / "out.jsonl"
+    flags = ["--save_filepath", str(save), *(["--limit", "1"] if ending == "limit" else [])]
+    words = command("-", provider.url + CHAT, *flags)
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment()) as process:
+        assert process.stdin
+        assert process.stderr
+        process.stdin.write(GOOD + b"\n")
+        process.stdin.flush()
+        while ending == "signal" and (not save.exists() or not save.read_bytes()):
+            assert process.poll() is None
+            threading.Event().wait(0.02)
+        if ending == "signal":
+            process.send_signal(signal.SIGTERM)
+        errors = process.stderr.read()
+        assert process.wait(timeout=30) == (143 if ending == "signal" else 0), errors
+        assert b"Fatal" not in errors
+        assert b"Traceback" not in errors

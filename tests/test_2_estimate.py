@@ -9,6 +9,7 @@ import importlib.util
 import json
 import socket
 import struct
+import tempfile
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,7 +105,7 @@ def no_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     registry = pytest.importorskip("tiktoken.registry")
     monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "XDG_CACHE_HOME"))
-    monkeypatch.setattr(program.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(registry, "ENCODINGS", {})
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bpe_openai" else find_spec(name))
@@ -342,7 +343,7 @@ def test_base64_is_never_counted_as_text() -> None:
         {"type": "file", "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64," + data}},
         {"type": "odd", "blob": {"b64": data}},
     ]
-    found = estimate_tokens(user(parts), "chat", lambda text: seen.append(text) or 0)
+    found = estimate_tokens(user(parts), "chat", lambda text: seen.append(text) or 0)  # type: ignore[func-returns-value]
     assert max(map(len, seen), default=0) < 100
     assert found.prompt == 3 + 4 + len(data) // 2000 + (len(data) + 28) // 50
 
@@ -502,7 +503,7 @@ def test_silent_host_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     """A host that accepts and stays silent costs one deadline of seconds; later models do not wait."""
     waits: list[float] = []
     join = threading.Thread.join
-    monkeypatch.setattr(threading.Thread, "join", lambda self, s=None: (waits.append(s or 0), join(self, 0.1))[1])
+    monkeypatch.setattr(threading.Thread, "join", lambda self, s=None: (waits.append(s or 0), join(self, 0.1))[1])  # type: ignore[func-returns-value]
     tokenizer = Tokenizer()
     assert [tokenizer.counter(model)("Hello") for model in ("gpt-4o", "gpt-4", "gpt-4o")] == [1, 1, 1]
     assert waits == [5]

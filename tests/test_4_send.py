@@ -75,7 +75,8 @@ def test_a_proxy_of_the_environment_is_used(tmp_path: Path, monkeypatch: pytest.
             monkeypatch.setenv("HTTP_PROXY", f"http://{user}@127.0.0.1:{proxy.port}")
             monkeypatch.setenv("http_proxy", f"http://{user}@127.0.0.1:{proxy.port}")
             path = str(write_lines(tmp_path / "job.jsonl", chats(10)))
-            tally = await process_api_requests_from_file(path, request_url=PRIVATE + CHAT, progress="none")
+            settings: dict[str, Any] = {"max_attempts": 99, "progress": "none"}
+            tally = await process_api_requests_from_file(path, request_url=PRIVATE + CHAT, **settings)
             return tally, proxy.stats
 
     tally, stats = virtually(run())

@@ -427,7 +427,7 @@ def test_limit_headers(provider: str, status: int, headers: dict[str, str], expe
 
 def approximately(found: ServerLimits, expected: ServerLimits) -> bool:
     """Equal up to rounding of floats."""
-    names = ServerLimits.__slots__
+    names = ServerLimits._fields
     return all(getattr(found, name) == pytest.approx(getattr(expected, name), abs=1e-3) for name in names)
 
 
@@ -536,9 +536,7 @@ def test_nothing_that_arrives_is_too_strange(status: int, headers: dict[str, str
         limits = read_limits(reply, provider, NOW)
         if limits:
             assert all(
-                0 <= value <= 1e15
-                for value in map(limits.__getattribute__, ServerLimits.__slots__)
-                if value is not None
+                0 <= value <= 1e15 for value in map(limits.__getattribute__, ServerLimits._fields) if value is not None
             )
             assert max(limits.retry_after or 0, limits.tokens_reset or 0) <= 600
 

@@ -27,8 +27,6 @@ from tests.jobs import (
     clean_environment,
     command,
     read_lines,
-    run_program,
-    told,
     virtually,
     write_lines,
 )
@@ -236,7 +234,7 @@ def test_python_takes_what_the_cookbooks_function_took(job: Path) -> None:
 # ---- keys ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_key_of_the_environment(job: Path, provider: ProviderProcess) -> None:
+def test_the_key_of_the_environment(job: Path, provider: ProviderProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     """The provider's usual variable, another one by name, the flag first of all, and none for this machine."""
     provider.ask("/_control", {"record_calls": True})
     for flags, environment, expected in [
@@ -246,11 +244,13 @@ def test_the_key_of_the_environment(job: Path, provider: ProviderProcess) -> Non
         (["--provider", "azure"], {"AZURE_OPENAI_API_KEY": "azure-0123456789"}, "api-key: azure-0123456789"),
         ([], {"OPENAI_API_KEY": ""}, ""),
     ]:
-        flags += ["--limit", "1", "--restart", "--max_requests_per_minute", "0"]
-        done = run_program(job, provider.url + CHAT, *flags, environment=clean_environment(**environment))
-        assert done.returncode == 0, told(done)
+        for name in ("OPENAI_API_KEY", "MINE", "AZURE_OPENAI_API_KEY"):
+            monkeypatch.setenv(name, environment.get(name, ""))
+        words = ["--requests_filepath", str(job), "--request_url", provider.url + CHAT, "--limit", "1", "--restart"]
+        code, _, errors = main(*words, *flags)
+        assert code == 0, errors
         assert provider.ask("/_stats")["calls_seen"][-1]["key"] == expected
-        assert "0123456789" not in told(done)
+        assert "0123456789" not in errors
 
 
 # ---- dry runs, limits, notices ---------------------------------------------------------------------------------------
@@ -288,9 +288,9 @@ def test_a_dry_run_leaves_results_alone(job: Path) -> None:
 @pytest.mark.parametrize("path", ["", "/", "/v1", "/v1/"])
 def test_an_address_without_an_endpoint(job: Path, provider: ProviderProcess, path: str) -> None:
     """It gets /chat/completions, with a notice."""
-    done = run_program(job, provider.url + path, "--limit", "1")
-    assert done.returncode == 0, told(done)
-    assert "/chat/completions" in told(done)
+    code, _, errors = main("--requests_filepath", str(job), "--request_url", provider.url + path, "--limit", "1")
+    assert code == 0, errors
+    assert "/chat/completions" in errors
     assert list(provider.ask("/_stats")["paths"]) == [f"{path.rstrip('/')}/chat/completions"]
 
 
@@ -307,10 +307,11 @@ def test_interrupted_while_it_starts(job: Path, provider: ProviderProcess) -> No
 def test_the_reason_of_a_stop_is_always_printed(job: Path, provider: ProviderProcess) -> None:
     """Whatever the logging level, exit code 3 has its reason on standard error, and what to do."""
     provider.ask("/_control", {"api_key": "another"})
-    done = run_program(job, provider.url + CHAT, "--logging_level", "50", "--progress", "none")
-    assert done.returncode == 3
-    assert "Incorrect API key" in told(done)
-    assert "key" in told(done).lower()
+    words = ["--requests_filepath", str(job), "--request_url", provider.url + CHAT, "--logging_level", "50"]
+    code, _, errors = main(*words)
+    assert code == 3
+    assert "Incorrect API key" in errors
+    assert "Check the key" in errors
     assert read_lines(job.with_name("job_results.jsonl")) == []
 
 

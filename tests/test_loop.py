@@ -136,14 +136,14 @@ def test_a_hopeless_run_stops_and_marks_nothing_failed(tmp_path: Path, name: str
     body = body if name == "quota gone" else {"error": {"message": words}}
     rules = [fails("", times=good_before, fault="wrong_content_type")] if good_before else []
     options = Options(statuses=[*rules, {**HOPELESS[name], "body": body}], latency=0.5)
-    requests = chats(400)
+    requests = chats(200)
     played = play(tmp_path, requests, options)
     assert played.tally.exit_code == 3
     assert words in played.tally.stop_reason
     assert played.seconds < 60
     assert all(map(succeeded, played.lines))
     assert len(played.lines) == good_before
-    assert played.stats.calls < 300
+    assert played.stats.calls < 150
     again = play(tmp_path, requests)
     assert again.tally.exit_code == 0
     assert one_line_each(requests, again.lines)
@@ -210,7 +210,7 @@ def test_an_outage_fails_no_request(
 def test_an_outage_under_long_answers_is_one_outage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Answers to what was asked before the outage are no sign of life: it is told once, and probed gently."""
     options = Options(latency=20, latency_spread=0.8, outage_schedule=[[2, 62, "503"]])
-    played = play(tmp_path, chats(1000), options, max_requests_per_minute=1200)
+    played = play(tmp_path, chats(350), options, max_requests_per_minute=1200)
     assert played.tally.exit_code == 0
     assert caplog.text.count("down") <= 3
     during = [call["time"] - played.stats.started for call in played.stats.calls_seen]
@@ -268,7 +268,7 @@ def test_a_storm_of_faults(tmp_path: Path) -> None:
     """A tenth each of seven faults: every request succeeds, and the errors add up to the attempts."""
     names = ("error_500", "reset", "hang", "truncated", "html_200", "error_200", "error_429")
     options = Options(faults=dict.fromkeys(names, 0.1), latency=0.5, latency_spread=0.5, told_wait=0.5)
-    requests = chats(150)
+    requests = chats(100)
     played = play(tmp_path, requests, options, max_attempts=60, request_timeout=10, save_details=True)
     assert played.tally.exit_code == 0
     assert one_line_each(requests, played.lines)
@@ -291,13 +291,13 @@ def test_all_failed_attempts_are_in_the_lists(tmp_path: Path) -> None:
 def test_retries_and_new_lines_take_turns(tmp_path: Path) -> None:
     """Under a tight budget and many failures, new lines go on being started between the retries."""
     options = Options(faults={"error_500": 0.6}, latency=0.2, seed=3)
-    played = play(tmp_path, chats(150), options, max_requests_per_minute=120, max_attempts=40)
+    played = play(tmp_path, chats(80), options, max_requests_per_minute=120, max_attempts=40)
     firsts: dict[str, int] = {}
     for number, call in enumerate(played.stats.calls_seen):
         firsts.setdefault(call["sha256"], number)
-    assert len(firsts) == 150
+    assert len(firsts) == 80
     order = sorted(firsts.values())
-    assert order[75] < 0.6 * played.stats.calls
+    assert order[40] < 0.6 * played.stats.calls
     assert played.tally.exit_code == 0
 
 

@@ -437,8 +437,8 @@ def test_dry_run_sends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_prompts_and_the_names_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of prompts becomes requests; model, URL, key and window come from the environment."""
-    with World(tmp_path, "dashscope", api_key="seed-key-1234567").serving() as world:
-        monkeypatch.setenv("QIANWEN_API_KEY", "seed-key-1234567")
+    with World(tmp_path, "dashscope", api_key="qwen-key-1234567").serving() as world:
+        monkeypatch.setenv("QIANWEN_API_KEY", "qwen-key-1234567")
         monkeypatch.setenv("QIANWEN_MODEL", "qwen-plus")
         monkeypatch.setenv("QIANWEN_BASE_URL", f"{world.url}/compatible-mode/v1")
         monkeypatch.setenv("BATCH_COMPLETION_WINDOW", "14d")
@@ -692,6 +692,24 @@ def test_kill_at_any_moment(tmp_path: Path) -> None:
         if kills >= wanted:
             break
     assert kills == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are those of POSIX")
+def test_ctrl_c_leaves_the_jobs_running(tmp_path: Path) -> None:
+    """An interrupted run says that the jobs go on, and the same command continues."""
+    with World(tmp_path, seconds=1.0).serving() as world:
+        world.write(3)
+        command = [sys.executable, "-m", "workflows.provider_batch", *world.words("run")]
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        while not world.batches.calls["poll"]:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=20)
+        assert process.returncode == 130
+        assert "go on at the provider" in told
+        assert world.run() == 0
+    assert set(world.batches.submitted.values()) == {1}
 
 
 @pytest.fixture

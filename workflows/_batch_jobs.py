@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from workflows._batch_providers import Target
 
 CLOCK_SLACK = 600.0  # seconds that the provider's clock and ours may differ
+UNSURE = (408, 409)  # the provider may have taken the job all the same
 LOOKS_FOR_FILE = 5  # at a job that is done but does not name its results
 KINDS = set("bad_request content_filter rate_limit server_error bad_reply connection timeout too_large".split())
 ENDS = {
@@ -110,7 +111,7 @@ class Jobs:
             part.move(UPLOADED)
             self.client.meaning(reply)
             LOGGER.warning("%s: %s; trying again", part.name, self.client.words(reply))
-        elif 400 <= reply.status < 500:
+        elif 300 <= reply.status < 500 and reply.status not in UNSURE:
             self.refused(part, reply)
         else:
             LOGGER.warning("%s: %s; looking whether the provider has it", part.name, self.client.words(reply))
@@ -121,6 +122,7 @@ class Jobs:
         row = self.row(part).transport
         if row.upload:
             again = part.state == UPLOADING
+            part.submitted = part.submitted or time.time()
             part.move(UPLOADING)
             self.ledger.save()
             part.file = await self.find_file(part) if again else ""
@@ -370,15 +372,13 @@ class Collector:
         """Take one line of the output; `place` is its number where that tells what it answers, else -1."""
         custom_id, reply, error = providers.read_output(line, self.jobs.target.transport.family)
         tag, _, rest = custom_id.partition("-")
-        number = rest.partition("-")[0]
-        if tag != self.part.tag or not number.isdecimal() or int(number) >= len(self.requests):
-            if custom_id or not 0 <= place < len(self.requests):
-                self.strangers += 1
-                return
-            number = str(place)
-        if not self.seen[int(number)]:
-            self.seen[int(number)] = 1
-            self.record(int(number), reply, error)
+        digits = rest.partition("-")[0]
+        number = int(digits) if tag == self.part.tag and digits.isdecimal() else place if not custom_id else -1
+        if not 0 <= number < len(self.seen):
+            self.strangers += 1
+        elif not self.seen[number]:
+            self.seen[number] = 1
+            self.record(number, reply, error)
 
     def record(self, number: int, reply: Reply, error: tuple[str, str, str] | None) -> None:
         """Record what one request got; what the processor would call a failure is one."""

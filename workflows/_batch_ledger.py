@@ -158,9 +158,8 @@ class Requests:
     def read(self, number: int) -> tuple[bytes, bytes, bytes]:
         """Give identity, body and metadata of a request; the last two as JSON."""
         ends, others = self.offsets
-        start = ends[number]
-        self.upload.seek(start)
-        line = self.upload.read(ends[number + 1] - start - 2)
+        self.upload.seek(ends[number])
+        line = self.upload.read(ends[number + 1] - ends[number] - 2)
         id_end = line.index(b'"', self.before)
         self.metadata.seek(others[number])
         metadata, _, own_body = self.metadata.read(others[number + 1] - others[number] - 1).partition(b"\t")

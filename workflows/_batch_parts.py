@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 BLOCK = 1 << 20
 LINE_SLACK = 200  # bytes of a line around the body
-COUNTED_FIRST, COUNTED_EVERY = 50, 1000  # requests whose tokens are counted: a guess of the rest suffices
+COUNTED_FIRST, COUNTED_EVERY = 20, 2000  # requests whose tokens are counted: a guess of the rest suffices
 
 
 @dataclass
@@ -79,8 +79,8 @@ class Writer:
         custom_id = f"{self.part.tag}-{self.part.requests}-{request.identity.hex()}"
         before, after = self.frame
         self.part.bytes += self.upload.write(b"%b%b%b%b}\n" % (before, custom_id.encode(), after, body))
-        metadata = dumps(request.metadata) if request.metadata is not None else b"null"
-        self.metadata.write(metadata + (b"\t" + own_body if own_body else b"") + b"\n")
+        metadata = dumps(request.metadata)
+        self.metadata.write(b"%b\t%b\n" % (metadata, own_body) if own_body else metadata + b"\n")
         self.part.requests += 1
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import re
 import shutil
@@ -76,9 +77,10 @@ if TYPE_CHECKING:
 
 
 OPENAI, DASHSCOPE = "https://api.openai.com/v1", "https://dashscope.aliyuncs.com/compatible-mode/v1"
-SEED_KEY, SEED_MODEL, SEED_URL, SEED_WINDOW = (
+QWEN_KEY, QWEN_MODEL, QWEN_URL, BATCH_WINDOW = (
     "QIANWEN_API_KEY QIANWEN_MODEL QIANWEN_BASE_URL BATCH_COMPLETION_WINDOW".split()
 )
+GARBAGE_AFTER = 100_000  # new objects: lines are many, and leave no cycles
 POLL_GROWTH, LONGEST_POLL_SECONDS = 1.3, 300.0
 HELD_OPEN_SECONDS = 3600.0  # that a provider may hold a call open at the batch price
 FEW_REQUESTS = 100  # fewer are done live before a batch has begun
@@ -336,16 +338,16 @@ class Batch:
 
 
 def complete(options: Options) -> Options:
-    """Fill in what is not given: the URL, the variable with the key, the names of the seed's environment."""
-    url = options.request_url or os.environ.get(SEED_URL, "")
+    """Fill in what is not given: the URL, the variable with the key."""
+    url = options.request_url or os.environ.get(QWEN_URL, "")
     if not url:
-        qwen = any(map(os.environ.get, ("DASHSCOPE_API_KEY", SEED_KEY))) and not os.environ.get("OPENAI_API_KEY")
+        qwen = any(map(os.environ.get, ("DASHSCOPE_API_KEY", QWEN_KEY))) and not os.environ.get("OPENAI_API_KEY")
         url = DASHSCOPE if qwen else OPENAI
     url = endpoint_of(url, "")
     provider = find_provider(url, options.provider)
     usual = any(map(os.environ.get, provider.key_env))
-    seed_key = provider.name == "dashscope" and not usual and bool(os.environ.get(SEED_KEY))
-    api_key_env = options.api_key_env or (SEED_KEY if seed_key and not options.api_key else "")
+    qwen_key = provider.name == "dashscope" and not usual and bool(os.environ.get(QWEN_KEY))
+    api_key_env = options.api_key_env or (QWEN_KEY if qwen_key and not options.api_key else "")
     return replace(options, request_url=url, api_key_env=api_key_env)
 
 
@@ -433,8 +435,8 @@ def results_in_order(requests_path: Path, results_path: Path) -> list[Any]:
 
 
 def write_prompts(path: Path, rows: Any, options: Options, model: str, parameters: dict[str, Any]) -> None:
-    """Write the request file of prompts; the model is that of the seed's environment if none is given."""
-    model = model or os.environ.get(SEED_MODEL, "")
+    """Write the request file of prompts; $QIANWEN_MODEL is the model if none is given."""
+    model = model or os.environ.get(QWEN_MODEL, "")
     if not model:
         raise UsageError("prompts need a --model")
     section = {"model_name": model, "base_url": options.request_url, "provider": options.provider}
@@ -455,7 +457,7 @@ def build_parser() -> argparse.ArgumentParser:
             shown = f"{text} (default: {default})" if default not in ("", 0) else text
             parser.add_argument(f"--{name}", type=type(default), default=None, metavar="VALUE", help=shown)
     parser.add_argument("--input_file", type=Path, metavar="FILE", help="prompts instead: text, CSV or JSONL")
-    parser.add_argument("--model", default="", help=f"with --input_file; default: ${SEED_MODEL}")
+    parser.add_argument("--model", default="", help=f"with --input_file; default: ${QWEN_MODEL}")
     for name in SAMPLING:
         parser.add_argument(f"--{name}", type=_run.SAMPLING_KEYS[name], help="with --input_file")
     return parser
@@ -468,8 +470,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(flags)
     _run.load_env()
     given = {name: getattr(arguments, name) for name in HELP if getattr(arguments, name) is not None}
-    if SEED_WINDOW in os.environ:
-        given.setdefault("completion_window", os.environ[SEED_WINDOW])
+    if BATCH_WINDOW in os.environ:
+        given.setdefault("completion_window", os.environ[BATCH_WINDOW])
     options = complete(Options(**given))
     if arguments.input_file:
         path = Path(
@@ -486,6 +488,7 @@ def main(argv: list[str] | None = None) -> int:
 def run_command(command: str, ids: Sequence[str], options: Options) -> int:
     """Run one command to its end; gives the exit code."""
     providers.window_hours(options.live_after or "1h")
+    gc.set_threshold(GARBAGE_AFTER)
     try:
         with asyncio.Runner() as runner:
             return runner.run(execute(command, ids, options))

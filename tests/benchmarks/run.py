@@ -154,13 +154,13 @@ class Bench:
             costs[kind].append((cpu - starting[kind]) / (count - WORKERS) * 1e6)
             say(f"{kind}: {speed:,.0f} requests/s, {costs[kind][-1]:.0f} us of CPU per request")
         server = (cpu_seconds(self.provider.process.pid) - server) / (2 * self.rounds * count) * 1e6
-        cost = {kind: statistics.median(values) for kind, values in costs.items()}
-        speed = {kind: statistics.median(values) for kind, values in speeds.items()}
+        cpu_of = {kind: statistics.median(values) for kind, values in costs.items()}
+        speed_of = {kind: statistics.median(values) for kind, values in speeds.items()}
         ratio = median_ratio(costs["bare"], costs["program"])
-        how = f"{cost['program']:.0f} us against {cost['bare']:.0f} us; {self.rounds} x {count:,} requests in turn"
+        how = f"{cpu_of['program']:.0f} us against {cpu_of['bare']:.0f} us; {self.rounds} x {count:,} requests in turn"
         yield "throughput by CPU per request, of the bare loop's", f"{ratio:.2f}", ">= 1.0", how
         ratio = median_ratio(speeds["program"], speeds["bare"])
-        how = f"{speed['program']:,.0f} against {speed['bare']:,.0f}; the provider takes {server:.0f} us per request"
+        how = f"{speed_of['program']:,.0f} against {speed_of['bare']:,.0f}; the provider takes {server:.0f} us per request"
         yield "throughput by requests a second, of the bare loop's", f"{ratio:.2f}", ">= 1.0", how
 
     # ---- start-up
