@@ -62,6 +62,7 @@ class Options:
     provider: str = ""  # a name of PROVIDERS; "": what the path of each call suggests
     api_key: str = ""  # any other key is answered with the provider's own error
     known_models: list[str] = field(default_factory=list)  # others are answered "model not found"
+    batch_provider: str = ""  # it also has the Batch API of this provider (tests/local_batches.py)
     stream_only: bool = False  # refuse chat requests without "stream": true
     seed: int = 0  # of every random draw
 
@@ -1711,6 +1712,7 @@ class LocalProvider:
         self._timers: list[asyncio.TimerHandle] = []
         self._heads: dict[bytes, Head] = {}
         self._routes: dict[tuple[str, str], tuple[Route | None, Provider]] = {}
+        self._batches: Any = None
         self._forget()
 
     def _forget(self) -> None:
@@ -1829,6 +1831,9 @@ class LocalProvider:
         found = self._routes.get((head.path, self.options.provider))
         if found is None:
             found = self._routes[head.path, self.options.provider] = find_route(head.path, self.options.provider)
+        if self.options.batch_provider and found[0] is None:
+            connection.reply(self._batch_answer(head, raw, found[1]))
+            return
         call = Call(stats.calls, head, raw, found[1])
         stats.calls += 1
         stats.paths[head.path] += 1
@@ -1840,6 +1845,17 @@ class LocalProvider:
         if call.record:
             call.record["status"] = status
         connection.reply(answer)
+
+    def _batch_answer(self, head: Head, raw: bytes, row: Provider) -> Answer:
+        """Answer a call to the Batch API, whose state machine is imported at the first one."""
+        if self._batches is None:
+            sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # for a run as a program
+            from tests.local_batches import Batches, BatchOptions
+
+            self._batches = Batches(BatchOptions(provider=self.options.batch_provider, api_key=self.options.api_key))
+        path = f"{head.path}?{head.query}" if head.query else head.path
+        status, headers, body = self._batches.handle(head.method, path, head.headers, bytes(raw), time.time())
+        return Answer(status, body, row, content_type=headers.get("Content-Type", "application/json"))
 
     def _decide(self, call: Call, route: Route | None, now: float) -> Answer:
         options = self.options

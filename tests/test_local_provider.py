@@ -13,6 +13,7 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import aiohttp
 import pytest
 
 from tests.local_provider import (
@@ -784,3 +785,17 @@ def test_goes_with_its_parent() -> None:
         assert parent.stdout.readline().startswith("listening")
         parent.kill()
         assert parent.stdout.read() == ""  # ends when the last holder of the pipe is gone
+
+
+def test_it_has_a_batch_api_on_request() -> None:
+    """With `batch_provider`, files are taken beside ordinary calls."""
+
+    async def scenario() -> tuple[int, dict[str, Any]]:
+        async with LocalProvider(Options(batch_provider="openai")) as provider, aiohttp.ClientSession() as session:
+            form = aiohttp.FormData({"purpose": "batch"})
+            form.add_field("file", b'{"custom_id": "1"}\n', filename="one.jsonl")
+            async with session.post(f"{provider.url}/v1/files", data=form) as response:
+                return response.status, await response.json()
+
+    status, body = asyncio.run(scenario())
+    assert (status, body["purpose"]) == (200, "batch")
