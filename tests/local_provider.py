@@ -1849,7 +1849,7 @@ class LocalProvider:
     def _batch_answer(self, head: Head, raw: bytes, row: Provider) -> Answer:
         """Answer a call to the Batch API, whose state machine is imported at the first one."""
         if self._batches is None:
-            sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # for a run as a program
+            sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # noqa: PTH100, PTH120 - a run as a program
             from tests.local_batches import Batches, BatchOptions
 
             self._batches = Batches(BatchOptions(provider=self.options.batch_provider, api_key=self.options.api_key))

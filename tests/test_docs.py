@@ -1,15 +1,19 @@
-"""README.md says what the program does: flags, providers, stations, examples, commands, codes and kinds.
+"""README.md says what the programs do: flags, providers, stations, examples, commands, codes, kinds, workflows.
 
-`python -m tests.test_docs` writes the generated tables of README.md anew.
+README.zh-CN.md says the same. `python -m tests.test_docs` writes the generated tables of both anew.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
+import importlib
 import json
 import re
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -19,14 +23,17 @@ import pytest
 
 import api_request_parallel_processor as program
 from api_request_parallel_processor import Action, Reply, Settings, Tally
-from tests.jobs import play
+from tests.jobs import PROGRAM, ProviderProcess, chats, clean_environment, play, read_lines, succeeded, write_lines
 from tests.local_provider import Options
+from workflows import _batch_providers, _run, csv_questions, instruction_dataset, provider_batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
+CHINESE = (ROOT / "README.zh-CN.md").read_text("utf-8")
+READMES = {"README.md": README, "README.zh-CN.md": CHINESE}
 SOURCE = (ROOT / "api_request_parallel_processor.py").read_text("utf-8")
 TREE = ast.parse(SOURCE)
 BANNER = re.compile(r"# ==+ (.*\w\S*) ==+")
@@ -37,6 +44,9 @@ ANSWERS: list[dict[str, Any]] = [
     {"contains": "Say hello", "answer": "Hello!"},
 ]  # what the provider of the examples says
 ANYTHING = "..."
+WORDS = {"any": "通用", "required": "必填", "this machine, private addresses": "本机、内网地址"}  # of generated tables
+LINES_OF_CODE = re.compile(r"^ *```.*?^ *```$", flags=re.MULTILINE | re.DOTALL)
+HOSTS = re.compile(r"https://(?:api\.\w[\w.-]*|ark[\w.-]*)")  # of the example configs
 
 
 # ==== what README is made of ==========================================================================================
@@ -55,18 +65,24 @@ def blocks(language: str, text: str = README) -> list[list[str]]:
     return [[line.strip() for line in block.splitlines()] for block in found]
 
 
+def tables(text: str) -> list[list[list[str]]]:
+    """Return the cells of each table, its head as the first row."""
+    found = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
+    split = [[[cell.strip() for cell in row[1:-1].split(" | ")] for row in table.splitlines()] for table in found]
+    return [[head, *rest] for head, _, *rest in split]
+
+
 def rows(text: str, first: str) -> list[list[str]]:
     """Return the rows of the table whose head begins with a word."""
-    lines = iter(text.splitlines())
-    found = next((line for line in lines if line.startswith(f"| {first} |")), None)
+    found = [table[1:] for table in tables(text) if table[0][0] == first]
     assert found, f"there is no table of {first}"
-    next(lines)
-    table = []
-    for line in lines:
-        if not line.startswith("|"):
-            break
-        table.append([cell.strip() for cell in line.strip("|").split(" | ")])
-    return table
+    return found[0]
+
+
+def flags_in(text: str) -> set[str]:
+    """Return the flags that a text names, with underscores."""
+    spoken = re.findall(r"(?<![\w-])--[a-z][\w-]*", text)
+    return {"--" + name[2:].replace("-", "_") for name in spoken}
 
 
 def code(cell: str) -> list[str]:
@@ -122,21 +138,41 @@ def providers_table() -> str:
 GENERATED: dict[str, Callable[[], str]] = {"flags": flags_table, "providers": providers_table}
 
 
-def rewritten() -> str:
-    """Return README with its generated tables as they should be."""
-    text = README
-    for name, table in GENERATED.items():
-        before, begin, rest = text.partition(f"<!-- {name} -->\n")
-        _, end, after = rest.partition(f"\n<!-- /{name} -->")
-        assert end, f"README has no place for the table {name}"
-        text = f"{before}{begin}{table()}{end}{after}"
+def parts_around(text: str, name: str) -> tuple[str, str, str]:
+    """Return what stands before a generated table, the table, and what stands after it."""
+    before, begin, rest = text.partition(f"<!-- {name} -->\n")
+    table, end, after = rest.partition(f"\n<!-- /{name} -->")
+    assert end, f"README has no place for the table {name}"
+    return before + begin, table, end + after
+
+
+def in_chinese(name: str) -> str:
+    """Write a generated table for the Chinese README, whose head and last column stay as they are."""
+    old = parts_around(CHINESE, name)[1]
+    said = {code(line)[0]: line.strip("| ").rpartition(" | ")[2] for line in old.splitlines()[2:]}
+    table = old.splitlines()[:2]
+    for row in tables(f"{GENERATED[name]()}\n")[0][1:]:
+        cells = [WORDS.get(cell, cell) for cell in row]
+        cells[-1] = said.get(code(" ".join(cells))[0], cells[-1])
+        table.append(f"| {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def rewritten(text: str, table_of: Callable[[str], str]) -> str:
+    """Return a README with its generated tables as they should be."""
+    for name in GENERATED:
+        before, _, after = parts_around(text, name)
+        text = before + table_of(name) + after
     return text
 
 
 @pytest.mark.parametrize("name", GENERATED)
 def test_generated_tables_are_up_to_date(name: str) -> None:
-    """Flags with defaults and texts stand in README as in --help, providers as in PROVIDERS."""
+    """Flags with defaults and texts stand in README as in --help, providers as in PROVIDERS; in Chinese too."""
     assert GENERATED[name]() in README, "python -m tests.test_docs writes it anew"
+    assert in_chinese(name) in CHINESE, "python -m tests.test_docs writes it anew"
+    unsaid = [row for row in parts_around(CHINESE, name)[1].splitlines()[2:] if not re.search(r"[\u4e00-\u9fff]", row)]
+    assert not unsaid, "these are not translated"
 
 
 def test_every_flag_is_in_the_help() -> None:
@@ -144,8 +180,7 @@ def test_every_flag_is_in_the_help() -> None:
     names = {name for _, name, _, _ in flags()}
     assert names == {f"--{name}" for name in Settings.__dataclass_fields__} | {"--help", "--version"}
     others = re.compile(r"^(?:pip |uv |python tests/|python -m ).*$", flags=re.MULTILINE)
-    spoken = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", others.sub("", README)))
-    assert {name.replace("-", "_").replace("__", "--", 1) for name in spoken} <= names
+    assert flags_in(others.sub("", README.replace(section("Workflows"), ""))) <= names
 
 
 def test_extras_are_those_of_the_project() -> None:
@@ -273,9 +308,9 @@ def test_the_python_example_uses_what_there_is() -> None:
 # ==== commands and files ==============================================================================================
 
 
-def commands() -> list[list[str]]:
+def commands(text: str = README) -> list[list[str]]:
     """Return the words of each command of README."""
-    return [shlex.split(line) for block in blocks("sh") for line in block if line]
+    return [shlex.split(line) for block in blocks("sh", text) for line in block if line]
 
 
 def test_commands_name_files_that_exist() -> None:
@@ -320,11 +355,196 @@ def test_benchmarks_are_named_with_measures_that_exist() -> None:
         assert all(re.search(rf"^{measure} ", text, flags=re.MULTILINE) for measure in measures), command
 
 
-def test_links_lead_somewhere() -> None:
-    """Every link within README has its heading."""
-    headings = re.findall(r"^#+ (.*)$", README, flags=re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
-    assert set(re.findall(r"\]\(#([^)]*)\)", README)) <= anchors
+@pytest.mark.parametrize("name", READMES)
+def test_links_lead_somewhere(name: str) -> None:
+    """Every link within a README has its heading, the contents name every chapter, and every file is there."""
+    text = READMES[name]
+    anchors = {
+        re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-"): level
+        for level, heading in re.findall(r"^(#+) (.*)$", LINES_OF_CODE.sub("", text), flags=re.MULTILINE)
+    }
+    linked = set(re.findall(r"\]\(#([^)]*)\)", text))
+    assert linked <= anchors.keys()
+    assert {anchor for anchor, level in anchors.items() if level == "##"} <= linked
+    assert all((ROOT / file).is_file() for file in re.findall(r"\]\(([\w.-]+\.md)\)", text))
+
+
+# ==== both languages ==================================================================================================
+
+
+def chapters(text: str) -> list[tuple[str, str]]:
+    """Return level and text of each chapter."""
+    found = re.split(r"^(#{1,3}) .*\n", text, flags=re.MULTILINE)
+    return list(zip(found[1::2], found[2::2], strict=True))
+
+
+def names_in(text: str) -> set[str]:
+    """Return what stands in backticks, whatever the words in angle brackets."""
+    return {re.sub(r"<[^<>]+>", "<>", name) for name in code(LINES_OF_CODE.sub("", text).replace("\n", " "))}
+
+
+def test_both_readmes_say_the_same() -> None:
+    """Chapter by chapter: blocks of code, tables row by row, lists, links, and everything in backticks."""
+    english, chinese = chapters(README), chapters(CHINESE)
+    assert [level for level, _ in english] == [level for level, _ in chinese]
+    for (_, one), (_, other) in zip(english, chinese, strict=True):
+        where = one.strip()[:60]
+        assert LINES_OF_CODE.findall(one) == LINES_OF_CODE.findall(other), where
+        assert names_in(one) == names_in(other), where
+        rows_of_both = zip(tables(one), tables(other), strict=True)
+        for table, same in rows_of_both:
+            assert [list(map(names_in, row)) for row in table] == [list(map(names_in, row)) for row in same], where
+            numbers = [[re.findall(r"\d+", " ".join(row)) for row in each] for each in (table, same)]
+            assert list(map(sorted, numbers[0])) == list(map(sorted, numbers[1])), where
+        for what in (r"^ *(?:- |\d\. )", r"\]\((?!#|README)[^)]*\)", r"<!-- .*? -->"):
+            assert len(re.findall(what, one, re.MULTILINE)) == len(re.findall(what, other, re.MULTILINE)), where
+
+
+def test_chinese_is_set_as_chinese() -> None:
+    """Punctuation among Chinese words is Chinese, and no line of it ends in a half sentence of English marks."""
+    text = re.sub(r"`[^`\n]*`", "", LINES_OF_CODE.sub("", CHINESE))
+    assert not re.findall(r"[\u4e00-\u9fff][,;:?!](?!\S*\))", text)
+
+
+# ==== workflows =======================================================================================================
+
+
+def programs() -> list[str]:
+    """Return the names of the programs in the table of workflows."""
+    return [code(name)[0].removeprefix("workflows.") for name, _, _ in rows(section("Workflows"), "program")]
+
+
+def chapters_of_workflows() -> Iterator[tuple[list[str], str]]:
+    """Yield names of programs and what is said about them; of none what is said about all."""
+    found = re.split(r"^### (.*)\n", section("Workflows"), flags=re.MULTILINE)
+    for heading, text in zip(["", *found[1::2]], found[::2], strict=True):
+        yield [name for name in programs() if name in heading.split()], text
+
+
+def flags_of(name: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
+    """Return the flags that --help of a workflow shows."""
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"workflows.{name}").main(["--help"])
+    return flags_in(capsys.readouterr().out)
+
+
+def test_all_workflows_are_told() -> None:
+    """Every program in workflows/ has its row, and its chapter."""
+    there = {path.stem for path in (ROOT / "workflows").glob("[!_]*.py")}
+    assert set(programs()) == there
+    assert sorted(name for names, _ in chapters_of_workflows() for name in names) == sorted(there)
+
+
+def test_flags_of_workflows_are_in_their_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What README says about a workflow names only flags that it has; response_cache has the processor's too."""
+    monkeypatch.chdir(tmp_path)
+    known = {name: flags_of(name, capsys) for name in programs()}
+    known["response_cache"] |= {f"--{name}" for name in Settings.__dataclass_fields__}
+    shared = argparse.ArgumentParser()
+    _run.add_run_flags(shared)
+    everywhere = flags_in(shared.format_help()) - {"--help"}
+    for names, text in chapters_of_workflows():
+        said = flags_in(re.sub(r"^python (?:api|tests/).*$", "", text, flags=re.MULTILINE))
+        if names:
+            assert said <= set.union(*(known[name] for name in names)), names
+        else:
+            assert everywhere <= said <= everywhere | {"--help"}
+    for name in set(programs()) - {"prompts", "answers", "response_cache", "provider_batch"}:
+        assert everywhere <= known[name]
+
+
+def test_what_is_said_about_batches() -> None:
+    """Commands, providers, savings, and the number of requests that is too few."""
+    text = section("Workflows").partition("### provider_batch")[2]
+    [choices] = [action.choices for action in provider_batch.build_parser()._actions if action.dest == "command"]
+    assert [code(name)[0] for name, _ in rows(text, "command")] == list(choices or ())
+    rows_of_it = {name: row for name, row in _batch_providers.TRANSPORTS.items() if "/" not in name and name != "local"}
+    knows = re.search(r"It knows the Batch APIs of (.*?)\. ", text, flags=re.DOTALL)
+    assert knows
+    assert set(code(knows[1])) == rows_of_it.keys()
+    assert set(code(text[knows.end() :].partition(" at its host ")[0])) == _batch_providers.HELD_OPEN.keys()
+    usual, special = map(int, re.findall(r"(\d+) %", text))
+    assert {name for name, row in rows_of_it.items() if row.saving != usual} == {"moonshot"}
+    assert rows_of_it["moonshot"].saving == special
+    assert f"about {provider_batch.FEW_REQUESTS} requests" in text
+    assert [name for name, row in rows_of_it.items() if not row.named] == ["anthropic"]
+
+
+def test_settings_of_the_environment() -> None:
+    """The variables that README names for instruction_dataset are those that it reads."""
+    text = section("Workflows").partition("### instruction_dataset")[2].partition("###")[0]
+    named = {name for name in names_in(text) if name.isupper() and "_" in name}
+    read = {name for name, _ in instruction_dataset.ENVIRONMENT.values()} | {"USE_BATCH", "DASHSCOPE_API_KEY"}
+    assert named == read | {provider_batch.QWEN_KEY}
+
+
+def test_columns_are_told() -> None:
+    """The columns of csv_questions stand in README as they are written."""
+    assert f"`{','.join(csv_questions.COLUMNS)}`" in section("Workflows")
+
+
+@pytest.mark.slow
+def test_commands_of_the_processor_run(tmp_path: Path, provider: ProviderProcess) -> None:
+    """Each command that starts the processor does so, but for its URL."""
+    shutil.copytree(ROOT / "requests", tmp_path / "requests")
+    write_lines(tmp_path / "mine.jsonl", chats(3))
+    ran = 0
+    for words in commands():
+        if words[:2] != ["python", PROGRAM.name] or "--help" in words:
+            continue
+        command = [sys.executable, str(PROGRAM), *words[2:], "--request_url", f"{provider.url}/v1"]
+        done = subprocess.run(command, cwd=tmp_path, env=clean_environment(), capture_output=True, check=False)
+        results = (tmp_path / words[words.index("--requests_filepath") + 1]).with_suffix("")
+        lines = read_lines(results.with_name(f"{results.name}_results.jsonl"))
+        assert done.returncode == 0, done.stderr
+        assert lines
+        assert all(map(succeeded, lines))
+        ran += 1
+    assert ran == 3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_commands_of_workflows_run(tmp_path: Path, provider: ProviderProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command of a workflow ends well, one after the other as they stand there, but for hosts."""
+    url = f"{provider.url}/v1"
+    sample = '[{"instruction": "What is a qubit?", "input": "", "output": "A two-level system."}]'
+    answers = {"scientific paper": sample, "Classify": '{"reasoning_steps": [], "category": "neutral"}'}
+    statuses = [{"contains": text, "answer": said} for text, said in answers.items()]
+    provider.ask("/_control", {"statuses": statuses, "batch_provider": "openai"})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(csv_questions, "ZHIPU_URL", url)
+    monkeypatch.setattr(program, "retry_delay", program.retry_delay)
+    shutil.copytree(ROOT / "workflows" / "examples", "workflows/examples")
+    for path in Path("workflows/examples").glob("*.*"):
+        path.write_text(HOSTS.sub(provider.url, path.read_text("utf-8")), "utf-8")
+    Path("papers").mkdir()
+    Path("papers/qubits.md").write_text("A qubit is a two-level system.", "utf-8")
+
+    ran = set()
+    for words in commands(section("Workflows")):
+        if words[1] == PROGRAM.name:
+            command = [sys.executable, str(PROGRAM), *words[2:], "--request_url", url]
+            subprocess.run(command, env=clean_environment(), capture_output=True, check=True)
+        if words[:2] != ["python", "-m"]:
+            continue
+        workflow, argv = words[2].removeprefix("workflows."), words[3:]
+        if workflow == "provider_batch" and argv[0] in ("run", "create"):
+            Path("mine_results.jsonl").unlink(missing_ok=True)
+        if workflow in ("provider_batch", "instruction_dataset") or argv[0] in ("run", "store"):
+            argv += ["--request_url", url]
+        module = importlib.import_module(words[2])
+        assert _run.main_program(module.main, argv) == 0, words
+        ran.add(workflow)
+    assert ran == set(programs())
+    assert len(read_lines(Path("mine_results.jsonl"))) == 3
+    assert len(read_lines(Path("dataset.jsonl"))) == 1
+    assert "answer,reasoning,status,tokens,error" in Path("mine.csv").read_text("utf-8")
+    assert len(list(Path("results").glob("raw_*/*.json"))) == 4 + 2 + 4
+    assert Path("results/reviews_classified.jsonl").exists()
 
 
 # ==== codes and kinds =================================================================================================
@@ -415,5 +635,6 @@ def test_readme_begins_with_what_a_reader_needs() -> None:
 
 
 if __name__ == "__main__":
-    (ROOT / "README.md").write_text(rewritten(), "utf-8")
+    (ROOT / "README.md").write_text(rewritten(README, lambda name: GENERATED[name]()), "utf-8")
+    (ROOT / "README.zh-CN.md").write_text(rewritten(CHINESE, in_chinese), "utf-8")
     sys.exit(0)

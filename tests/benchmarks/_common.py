@@ -161,15 +161,25 @@ class Provider:
 
     def stats(self) -> dict[str, Any]:
         """Its counters; see tests/local_provider.py."""
-        with urllib.request.urlopen(f"{self.url}/_stats", timeout=60) as reply:
-            self.last = json.load(reply)
+        self.last = self._ask("/_stats")
         return self.last
 
     def change(self, **options: Any) -> None:
         """Change its options; reset=True zeroes counters and limits."""
-        data = json.dumps(options).encode()
-        with urllib.request.urlopen(f"{self.url}/_control", data=data, timeout=60):
-            return
+        self._ask("/_control", json.dumps(options).encode())
+
+    def _ask(self, path: str, data: bytes | None = None) -> dict[str, Any]:
+        """Ask until it answers: during an outage it does not."""
+        give_up = time.monotonic() + 30
+        while True:
+            try:
+                with urllib.request.urlopen(self.url + path, data=data, timeout=30) as reply:
+                    answer: dict[str, Any] = json.load(reply)
+                    return answer
+            except OSError:
+                if time.monotonic() > give_up:
+                    raise
+                time.sleep(0.05)
 
 
 @contextlib.contextmanager
