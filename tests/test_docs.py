@@ -401,9 +401,10 @@ def test_both_readmes_say_the_same() -> None:
 
 
 def test_chinese_is_set_as_chinese() -> None:
-    """Punctuation among Chinese words is Chinese, and no line of it ends in a half sentence of English marks."""
-    text = re.sub(r"`[^`\n]*`", "", LINES_OF_CODE.sub("", CHINESE))
-    assert not re.findall(r"[\u4e00-\u9fff][,;:?!](?!\S*\))", text)
+    """Punctuation after Chinese words is Chinese; paragraphs are not wrapped, since a line break shows as a space."""
+    text = LINES_OF_CODE.sub("", CHINESE)
+    assert not re.findall(r"[\u4e00-\u9fff][,;:?!]", re.sub(r"`[^`\n]*`", "", text))
+    assert not re.findall(r"^(?![|#<]).+\n(?! *- | *\d\. |[|#<]).+", text, flags=re.MULTILINE)
 
 
 # ==== workflows =======================================================================================================
@@ -464,7 +465,10 @@ def test_what_is_said_about_batches() -> None:
     knows = re.search(r"It knows the Batch APIs of (.*?)\. ", text, flags=re.DOTALL)
     assert knows
     assert set(code(knows[1])) == rows_of_it.keys()
-    assert set(code(text[knows.end() :].partition(" at its host ")[0])) == _batch_providers.HELD_OPEN.keys()
+    assert (
+        set(code(text[knows.end() :].partition(" at its host ")[0].rpartition(". ")[2]))
+        == _batch_providers.HELD_OPEN.keys()
+    )
     usual, special = map(int, re.findall(r"(\d+) %", text))
     assert {name for name, row in rows_of_it.items() if row.saving != usual} == {"moonshot"}
     assert rows_of_it["moonshot"].saving == special
