@@ -6,13 +6,12 @@
 """Process a file of LLM API requests in parallel, as fast as your rate limits allow.
 
     export OPENAI_API_KEY=...
-    python api_request_parallel_processor.py --requests_filepath requests/openai_chat.jsonl --max_requests_per_minute 500
+    python api_request_parallel_processor.py --requests_filepath requests/openai_chat.jsonl --max_requests_per_minute 60
 
 One line in: the body to send, with an optional "metadata" that is not sent. One line out, success or failure:
     {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "What is 2+3?"}], "metadata": {"id": 7}}
     [{"model": ..., "messages": ...}, {"id": "chatcmpl-1", "choices": ...}, {"id": 7}]
     [{"model": ..., "messages": ...}, [{"attempt": 1, "kind": "server_error", "status": 500, ...}], {"id": 7}]
-
 Every request passes seven stations, and so does the reader of this file:
     the loop      takes every request from its line to its result line
     1 read        the next line becomes a request; finished ones are skipped
@@ -24,11 +23,9 @@ Every request passes seven stations, and so does the reader of this file:
     7 report      counts, progress, summary
     command line  flags, checks before the first request, signals
     tables        shapes of requests and replies, providers
-
-Start again with the same files to continue: the results file is the checkpoint. Ctrl-C finishes what is in flight, a
-second one stops at once. Exit codes: 0 all succeeded; 1 some failed; 2 wrong usage or files; 3 stopped early, the rest
-untouched; 129, 130, 143 interrupted. To add a provider, add a row to PROVIDERS; what is retried stands in station 5, a
-flag and its default in Settings. For programs that import this file, __all__ and the two file formats stay as they are.
+The same command continues: the results file is the checkpoint. Ctrl-C finishes what is in flight, twice stops at once.
+Exit codes: 0 all succeeded; 1 some failed; 2 wrong usage or files; 3 stopped early; 129, 130, 143 interrupted. A new
+provider is a row of PROVIDERS, a flag a field of Settings, retries are station 5; __all__ and both formats are stable.
 """
 
 from __future__ import annotations
@@ -42,10 +39,12 @@ import contextlib
 import dataclasses
 import enum
 import functools
+import gc
 import gzip
 import hashlib
 import heapq
 import importlib.util
+import io
 import ipaddress
 import json
 import logging
@@ -65,14 +64,14 @@ import time
 import urllib.request
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from enum import Enum
 from fnmatch import fnmatchcase
 from functools import partial
-from html import unescape
-from itertools import chain, count, islice
+from io import BytesIO
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -103,14 +102,10 @@ class UsageError(Exception):
     """Wrong flags or files; nothing was touched. The text says what to do."""
 
 
-def option(station: str, default: Any, text: str, choices: str = "") -> Any:
-    """One setting: its station, default, help and the table of its values, for Settings and the command line alike."""
-    return field(default=default, metadata={"station": station, "help": text, "choices": choices})
-
-
-def choices_of(table: str) -> list[str]:
-    """The values that a setting may have: auto and the names in a table; [] if it may have any."""
-    return ["auto", *globals()[table]] if table else []
+def option(station: str, default: Any, text: str, table: str = "") -> Any:
+    """One setting: station, default, help and the table of its values beside auto, for Settings and flags alike."""
+    lookup = {"choices": lambda: ["auto", *globals()[table]] if table else []}  # later, since tables stand at the end
+    return field(default=default, metadata={"station": station, "help": text} | lookup)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +133,7 @@ class Settings:
     save_filepath: str = option("record", "", "results; default: .jsonl of the request file becomes _results.jsonl")
     save_details: bool = option("record", default=False, text="add attempts, times and tokens to result lines")
     restart: bool = option("record", default=False, text="start afresh; the old results file is kept, renamed")
+    ignore_batch: bool = option("record", default=False, text="run even if batch jobs are open for these results")
     progress: str = option("report", "auto", "bar, lines or none; auto = bar on a terminal, else lines", "PROGRESS")
     logging_level: str = option("report", "20", "number or name: 10 DEBUG, 20 INFO, 30 WARNING, 40 ERROR")
     input_price: float = option("report", 0.0, "price of a million input tokens")
@@ -146,25 +142,22 @@ class Settings:
 
     def check(self) -> None:
         """Refuse values that mean nothing."""
-        above_0 = ("max_attempts", "request_timeout", "max_reply_megabytes")
         for knob in fields(self):
-            value, choices = getattr(self, knob.name), choices_of(knob.metadata["choices"])
-            number = isinstance(value, int | float)
-            if (number and not 0 <= value < math.inf) or (knob.name in above_0 and not value):
-                raise UsageError(
-                    f"--{knob.name} {value} makes no sense: give a number from 0 up, or above 0 if it must be"
-                )
+            name, value, choices = knob.name, getattr(self, knob.name), knob.metadata["choices"]()
+            least = 1e-9 if name in ("max_attempts", "request_timeout", "max_reply_megabytes") else 0
+            if type(knob.default) in (int, float) and not (
+                isinstance(value, int | float) and least <= value < math.inf
+            ):
+                raise UsageError(f"--{name} {value!r}: give a number {'above 0' if least else 'from 0 up'}")
             if choices and value not in choices:
-                raise UsageError(f"--{knob.name} {value!r} is none of {', '.join(choices)}")
+                raise UsageError(f"--{name} {value!r} is none of {', '.join(choices)}")
         if self.max_cost and not (self.input_price or self.output_price):
             raise UsageError("--max_cost needs --input_price or --output_price, in money per million tokens")
-        if self.requests_filepath == "-" and not self.save_filepath and not self.dry_run:
+        if self.requests_filepath == "-" and not (self.save_filepath or self.dry_run):
             raise UsageError("requests come from standard input: say with --save_filepath where the results go")
-        if (
-            not (name := str(self.logging_level).strip().upper()).isdecimal()
-            and name not in logging.getLevelNamesMapping()
-        ):
-            raise UsageError(f"--logging_level {name} is unknown; use a number or DEBUG, INFO, WARNING, ERROR")
+        level = str(self.logging_level).upper()
+        if not (level.isdecimal() or level in logging.getLevelNamesMapping()):
+            raise UsageError(f"--logging_level {level} is unknown; use a number or DEBUG, INFO, WARNING, ERROR")
 
     @property
     def results_path(self) -> str:
@@ -187,8 +180,7 @@ STARTS_PER_TURN, LINES_PER_TURN = 64, 1000  # started, or skipped as finished, b
 HELD_FOR_RETRY = 2000  # reading pauses while more requests than this wait to be tried again
 SAME_FAILURES = 20  # first replies that are hopeless for one and the same reason: the file is wrong, not a line
 ERRORS_KEPT = 50  # per request; only an outage makes more
-CHECK_SECONDS = 1.0  # between looks at the results file
-SHORTEST_WAIT = 0.001  # seconds
+CHECK_SECONDS, SHORTEST_WAIT = 1.0, 0.001  # between looks at the results file; of a sleep
 
 
 @dataclass(slots=True)
@@ -211,7 +203,6 @@ class Run:
     limbo: list[Request] = field(default_factory=list)  # out of attempts: failed, unless this becomes an outage
     in_flight: dict[int, tuple[Request, asyncio.Task[None]]] = field(default_factory=dict)  # by line, oldest first
     arrived: deque[tuple[Request, Endpoint, Ticket, Reply]] = field(default_factory=deque)
-    line_before_retry: bool = False  # whose turn it is when a new line and a retry could start
     trouble_since: float = math.inf  # first failure or refusal after the last success
     first_failures: Counter[str] = field(default_factory=Counter)  # reasons of hopeless replies before any success
     expected_spend: float = 0.0  # by what is in flight
@@ -226,95 +217,78 @@ class Run:
             now = self.clock()
             while self.arrived:  # 5 judge, 6 record
                 self.settle(*self.arrived.popleft(), now)
-            wake_at = min(self.look_after(now), self.reporter.update(self, now))  # 7 report
+            self.look_after(now)
+            wake_at = self.reporter.update(self, now)  # 7 report
             for _ in range(STARTS_PER_TURN):
-                self.hand = self.hand or self.next_request(now)  # 1 read, 2 estimate
-                if self.hand is None or self.stopped_by:
-                    due = self.retries[0][0] if self.retries else math.inf
-                    wake_at = wake_at if self.stopped_by else min(wake_at, due, self.reader.due)
+                if self.stopped_by:
                     break
+                self.hand = self.hand or self.next_request(now)  # 1 read, 2 estimate
+                if self.hand is None:
+                    wake_at = min(wake_at, self.reader.due, self.retries[0][0] if self.retries else math.inf)
+                    break
+                now = self.clock()  # reading took a while
                 endpoint, delay = self.choose_endpoint(self.hand, now)  # 3 pace
                 if delay > 0:
                     wake_at = min(wake_at, now + delay)
                     break
                 self.start(self.hand, endpoint, now)  # 4 send
-                self.hand, now = None, self.clock()
+                self.hand = None
             else:
                 wake_at = now  # more may start, but replies come first
-            self.flush()
-            if not self.in_flight and not self.arrived and (self.stopped_by or self.is_done()):
+            self.flush(now)
+            if not self.in_flight and (self.stopped_by or not (self.hand or self.retries or not self.reader.ended)):
                 break
-            await self.wait(wake_at)
+            await self.wait(min(wake_at, self.next_check))
+        if not self.stopped_by:
+            self.fail_limbo()
 
     async def wait(self, until: float) -> None:
         """Sleep until a reply, a line or a signal wakes the loop, at the latest `until`: the one place that waits."""
         seconds = until - self.clock()
-        if seconds <= 0:
-            await asyncio.sleep(0)
-            return
-        # subtle: uvloop rounds a shorter wait to none, and the loop would spin
-        timer = (
-            asyncio.get_running_loop().call_later(max(seconds, SHORTEST_WAIT), self.wake.set)
-            if seconds < math.inf
-            else None
-        )
+        if seconds > 0:
+            seconds = max(seconds, SHORTEST_WAIT)  # subtle: uvloop rounds less to nothing, and the loop would spin
+        timer = asyncio.get_running_loop().call_later(max(seconds, 0), self.wake.set)
         await self.wake.wait()
         self.wake.clear()
-        if timer:
-            timer.cancel()
+        timer.cancel()
 
     def next_request(self, now: float) -> Request | None:
         """Take a retry that is due or a new line, in turns, so that neither crowds out the other; None: nothing yet."""
-        due = bool(self.retries) and self.retries[0][0] <= now
-        if due and not self.line_before_retry:
-            self.line_before_retry = True
-            return heapq.heappop(self.retries)[2]
-        self.line_before_retry = False
-        request = self.read_line(now) if len(self.retries) + len(self.limbo) < HELD_FOR_RETRY else None
-        return request or (heapq.heappop(self.retries)[2] if due else None)
+        due, waiting = bool(self.retries) and self.retries[0][0] <= now, len(self.retries) + len(self.limbo)
+        request = self.read_line(now) if waiting < HELD_FOR_RETRY and not (due and self.tally.calls % 2) else None
+        return heapq.heappop(self.retries)[2] if due and request is None else request
 
     def read_line(self, now: float) -> Request | None:
         """Read up to the next line that is not finished yet; lines that cannot be sent are recorded on the way."""
         for _ in range(LINES_PER_TURN):
-            request = self.reader.next(now)
-            if request is None:
+            if (request := self.reader.next(now)) is None:
                 return None
             self.tally.read += 1
             if self.results.take(request.identity):
                 self.tally.finished_before += 1
-            elif request.problem:
+            elif not request.problem:
+                self.reader.estimate(request)
+                return request
+            else:
                 self.tally.bad_lines += 1
                 LOGGER.warning("%s", request.problem)
                 request.errors.append({"attempt": 0, "kind": "bad_line", "status": None, "message": request.problem})
-                self.record(request, request.errors)
-            else:
-                self.reader.estimate(request)
-                return request
+                self.record(request)
         self.reader.due = now
         return None
-
-    def is_done(self) -> bool:
-        """Nothing is left to read or to retry; what ran out of attempts has failed then."""
-        if self.hand is not None or self.retries or not self.reader.ended:
-            return False
-        self.fail_limbo()
-        return True
 
     def choose_endpoint(self, request: Request, now: float) -> tuple[Endpoint, float]:
         """The endpoint that may start this request first, and in how many seconds."""
         request.cost = cost = self.learned.cost(request.model, request.estimate or Estimate(0, 0))
-        if most := self.settings.max_cost:
+        if self.settings.max_cost:
             request.price, spent = self.settings.price(cost.prompt, cost.worst - cost.prompt), self.tally.spent
-            if spent + self.expected_spend + request.price > most:
+            if spent + self.expected_spend + request.price > self.settings.max_cost:
                 if not self.in_flight:
                     self.stop("max_cost", f"Spent {spent:,.4f}, one more may exceed --max_cost. Raise it to go on.")
                 return self.endpoints[0], math.inf
-        endpoint = self.endpoints[0]
-        delay = endpoint.pacer.delay(cost, now)
-        for other in self.endpoints[1:]:
-            if (sooner := other.pacer.delay(cost, now)) < delay:
-                endpoint, delay = other, sooner
-        return endpoint, max(delay, self.outage.delay(now))
+        delays = [endpoint.pacer.delay(cost, now) for endpoint in self.endpoints]
+        delay = min(delays)
+        return self.endpoints[delays.index(delay)], max(delay, self.outage.delay(now))
 
     def start(self, request: Request, endpoint: Endpoint, now: float) -> None:
         """Send one attempt, as a task that hands its reply to the loop."""
@@ -328,7 +302,7 @@ class Run:
         request.started, request.started_utc = now, request.started_utc or time.time()
         self.tally.calls += 1
         self.expected_spend += request.price
-        self.outage.probed(now)
+        self.outage.last_start = now
         self.in_flight[request.line] = (request, asyncio.create_task(attempt()))
 
     def settle(self, request: Request, endpoint: Endpoint, ticket: Ticket, reply: Reply, now: float) -> None:
@@ -336,10 +310,9 @@ class Run:
         del self.in_flight[request.line]
         self.expected_spend -= request.price
         verdict, usage = judge(reply, endpoint.provider, endpoint.shape), read_usage(reply.body, endpoint.shape)
-        action = verdict.action
-        outcome = Outcome.FAILED if action is Action.RETRY else Outcome.ACCEPTED
-        outcome = Outcome.REFUSED if action is Action.REFUSED else outcome
-        charged = usage.total if usage else 0 if action is Action.REFUSED or not reply.sent else None
+        action, refused = verdict.action, verdict.action is Action.REFUSED
+        outcome = Outcome.REFUSED if refused else Outcome.FAILED if action is Action.RETRY else Outcome.ACCEPTED
+        charged = usage.total if usage else 0 if refused or not reply.sent else None
         endpoint.pacer.finish(ticket, outcome, now, charged, read_limits(reply, endpoint.provider, time.time()))
         self.tally.count(self.settings, verdict, reply, usage)
         if usage and request.estimate:
@@ -351,50 +324,52 @@ class Run:
                 self.fail_limbo(self.outage.alive)
         if action is Action.DONE:
             self.trouble_since = math.inf
-            body = {"data": reply.body} if isinstance(reply.body, list) else reply.body
-            self.record(request, body, reply.details, usage)
-            return
-        self.trouble_since = min(self.trouble_since, now)
-        LOGGER.debug("line %d: %s %s", request.line, verdict.kind, verdict.message)
-        if action is Action.STOP:
-            self.stop("hopeless", verdict.message, likely_mistake(endpoint, verdict, reply))
-            return
-        self.note_error(request, verdict, reply)
-        if action is Action.REFUSED:
-            heapq.heappush(self.retries, (now, request.line, request))
-        elif action is Action.RETRY:
-            self.try_again(request, verdict, reply, now)
+            self.record(request, reply, usage)
         else:
-            self.fail_at_once(request, endpoint, verdict, reply)
+            self.trouble_since = min(self.trouble_since, now)
+            self.take_failure(request, verdict, reply, likely_mistake(endpoint, verdict, reply), now)
 
-    def note_error(self, request: Request, verdict: Verdict, reply: Reply) -> None:
-        """Add an attempt to the request's errors; of refusals only the last is listed."""
-        refused = verdict.action is Action.REFUSED
-        if refused:
-            request.errors = [error for error in request.errors if error["kind"] != verdict.kind]
+    def take_failure(self, request: Request, verdict: Verdict, reply: Reply, mistake: str, now: float) -> None:
+        """Note a failed or refused attempt; then try again, give up the request, or stop a hopeless run."""
+        LOGGER.debug("line %d: %s %s", request.line, verdict.kind, verdict.message)
+        action, refused = verdict.action, verdict.action is Action.REFUSED
+        wrong_url = action is Action.FAIL and reply.status in (404, 405) and "--request_url" in mistake
+        unheard = not self.tally.replies or (self.tally.replies == 1 and wrong_url)
+        if action is Action.STOP or (unheard and (reply.hopeless or wrong_url)):
+            self.stop("hopeless", reply.hopeless or verdict.message, mistake)
+            return
+        if self.stopped_by == "hopeless":
+            return  # untouched: a later run asks again
         request.refusals, request.attempts = request.refusals + refused, request.attempts + (not refused)
+        if refused:  # only the last one is listed
+            request.errors = [error for error in request.errors if error["kind"] != verdict.kind]
         error = {"attempt": request.attempts + refused, "kind": verdict.kind, "status": reply.status or None}
         error |= {"message": verdict.message, "response": reply.text or None if reply.body is None else reply.body}
         request.errors.append(error)
         del request.errors[1:-ERRORS_KEPT]
+        if refused:
+            heapq.heappush(self.retries, (now, request.line, request))
+        elif action is Action.RETRY:
+            self.try_again(request, verdict, reply.status, now)
+        else:
+            self.record(request)
+            reason = f"{verdict.kind} {reply.status} {verdict.code or re.sub('[0-9]+', '', verdict.message)}"
+            self.first_failures.update([reason] if not self.tally.succeeded else [])
+            if self.first_failures == {reason: SAME_FAILURES}:
+                self.stop("hopeless", f"The first {SAME_FAILURES} replies all say: {verdict.message}", mistake)
 
-    def try_again(self, request: Request, verdict: Verdict, reply: Reply, now: float) -> None:
+    def try_again(self, request: Request, verdict: Verdict, status: int, now: float) -> None:
         """Back off after a passing failure. In an outage the attempt is excused, except for the last request left."""
-        if reply.hopeless and not self.tally.replies:
-            self.stop("hopeless", reply.hopeless)
-            return
         waiting = len(self.retries) + len(self.limbo) + (self.hand is not None)
         left = waiting + len(self.in_flight) + 1 if self.reader.ended else math.inf
-        if (not reply.status or reply.status >= 500) and left > 1:
-            enough = waiting + 1 if self.reader.ended and reply.status in (0, 503) else math.inf
+        if left > 1 and (not status or status >= 500):
+            enough = max(2, waiting + 1) if self.reader.ended and status in (0, 503) else OUTAGE_STREAK
             newest_first = (other for other, _ in reversed(self.in_flight.values()))
             if self.outage.failed(request, enough, newest_first, now):
                 LOGGER.warning("The provider seems to be down: %s. The queue is kept, probes go on.", verdict.message)
                 for other in self.limbo:
                     heapq.heappush(self.retries, (now, other.line, other))
                 self.limbo.clear()
-            elif self.outage.down:
-                request.excused += 1
         tries = request.attempts - request.excused
         if tries < self.settings.max_attempts:
             delay = 0.0 if self.outage.down else retry_delay(tries, self.random)
@@ -402,68 +377,50 @@ class Run:
         elif left > 1:
             self.limbo.append(request)
         else:
-            self.record(request, request.errors)
-
-    def fail_at_once(self, request: Request, endpoint: Endpoint, verdict: Verdict, reply: Reply) -> None:
-        """Record a request that no retry can help, unless the first replies show that the requests are not to blame."""
-        mistake = likely_mistake(endpoint, verdict, reply)
-        if self.stopped_by == "hopeless":
-            return  # untouched: a later run asks again
-        if self.tally.replies == 1 and reply.status in (404, 405) and "--request_url" in mistake:
-            self.stop("hopeless", verdict.message, mistake)
-            return
-        self.record(request, request.errors)
-        if not self.tally.succeeded:
-            reason = f"{verdict.kind} {reply.status} {verdict.code or re.sub('[0-9]+', '', verdict.message)}"
-            self.first_failures[reason] += 1
-            if len(self.first_failures) == 1 and self.first_failures[reason] == SAME_FAILURES:
-                self.stop("hopeless", f"The first {SAME_FAILURES} replies all say: {verdict.message}", mistake)
+            self.record(request)
 
     def fail_limbo(self, alive: float = math.inf) -> None:
         """No outage after all: what ran out of attempts before an answered start has failed."""
         for request in [request for request in self.limbo if request.started <= alive]:
             self.limbo.remove(request)
-            self.record(request, request.errors)
+            self.record(request)
 
-    def record(
-        self, request: Request, outcome: Any, extra: dict[str, Any] | None = None, usage: Usage | None = None
-    ) -> None:
-        """Queue the one result line of a request; a list as outcome is the list of its errors."""
-        failed = isinstance(outcome, list)
-        self.tally.failed += failed
-        details: dict[str, Any] = {}
+    def record(self, request: Request, reply: Reply | None = None, usage: Usage | None = None) -> None:
+        """Queue the one result line of a request: with this reply, else with its errors."""
+        self.tally.failed += reply is None
+        outcome, details = (reply.body, reply.details) if reply else (request.errors, None)
+        if reply and isinstance(outcome, list):  # a list would mean failure
+            outcome = {"data": outcome}
         if self.settings.save_details:
-            started = datetime.fromtimestamp(request.started_utc, UTC).isoformat(timespec="milliseconds")
-            sent = request.started_utc > 0
-            details = {"line": request.line, "attempts": request.attempts + (not failed), "refusals": request.refusals}
-            details |= {"started": started if sent else None, "estimated_tokens": request.cost.expected}
-            details |= {"seconds": round(time.time() - request.started_utc, 3) if sent else None}
-            details |= {"tokens": usage.total if usage else None}
-        self.results.write(request.body, outcome, request.metadata, details | (extra or {}) or None)
+            began, passed = request.started_utc, time.time() - request.started_utc  # 0: it was never sent
+            started = datetime.fromtimestamp(began, UTC).isoformat(timespec="milliseconds") if began else None
+            own = {"line": request.line, "attempts": request.attempts + bool(reply), "refusals": request.refusals}
+            times = {"started": started, "seconds": round(passed, 3) if began else None}
+            tokens = {"estimated_tokens": request.cost.expected, "tokens": usage.total if usage else None}
+            details = {**own, **times, **tokens, **(details or {})}
+        self.results.write(request.body, outcome, request.metadata, details or None)
 
-    def look_after(self, now: float) -> float:
-        """End a run that cannot go on: a signal, no success for long, lost results. Gives when to look again."""
+    def look_after(self, now: float) -> None:
+        """End a run that was interrupted, or that had no success for long while something was tried."""
         if self.signal and not self.stopped_by:
             LOGGER.warning("%s: nothing new is started; once more stops at once.", signal.Signals(self.signal).name)
             self.stop("signal")
-        give_up_at = self.trouble_since + (self.settings.give_up_minutes * 60 or math.inf)
-        if now >= give_up_at:
-            minutes, trouble = self.settings.give_up_minutes, self.tally.last_trouble
+        if not (self.hand or self.in_flight or self.retries):
+            self.trouble_since = math.inf
+        minutes, trouble = self.settings.give_up_minutes, self.tally.last_trouble
+        if now >= self.trouble_since + (minutes * 60 or math.inf):
             self.stop("given_up", f"No success for {minutes:g} minutes (--give_up_minutes); last trouble: {trouble}")
-        if now >= self.next_check:
-            self.next_check = now + CHECK_SECONDS
-            self.flush(check=True)
-        return self.next_check if self.stopped_by else min(self.next_check, give_up_at)
 
-    def flush(self, *, check: bool = False) -> None:
-        """Write the result lines of this turn; stop the run if they cannot be kept."""
+    def flush(self, now: float) -> None:
+        """Write the result lines of this turn; stop the run if they cannot be kept, and at once the second time."""
         try:
-            if check:
+            if now >= self.next_check:
+                self.next_check = now + CHECK_SECONDS
                 self.results.check()
             self.results.flush()
         except ResultsLost as lost:
+            self.force = self.force or self.stopped_by != ""
             self.stop("results", str(lost))
-            self.force = self.force or not check
 
     def stop(self, why: str, *reason: str) -> None:
         """Start nothing any more; the first reason counts."""
@@ -475,23 +432,24 @@ class Run:
 
 MAX_LINE_BYTES = 256 * 1024 * 1024
 LONG_LINE_BYTES = 200_000  # longer ones are parsed and counted in a thread, so that the loop goes on
-UNFINISHED_LINE_SECONDS = 2.0  # a last line without its end is being written, perhaps
-RAW_TEXT_KEPT = 1000  # characters of a line that is too long
+UNFINISHED_LINE_SECONDS, RAW_TEXT_KEPT = 2.0, 1000  # patience with a last line; characters of one that is too long
+BLANKS = b" \t\r\n" + codecs.BOM_UTF8
+Wake = Callable[[], object]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Request:
     """One line of the request file on its way to its result line."""
 
     line: int  # physical line number, from 1
     body: Any  # what is sent, without metadata; the raw text of a line that cannot be sent
-    metadata: Any = None
-    identity: bytes = b""
-    problem: str = ""  # why it cannot be sent
-    model: str = ""
+    metadata: Any
+    identity: bytes
+    problem: str  # why it cannot be sent
+    model: str
     estimate: Estimate | None = None
     cost: Cost = field(default_factory=lambda: Cost(0, 0))
-    price: float = 0.0  # of the expected cost
+    price: float = 0.0  # of that cost at worst
     attempts: int = 0  # finished ones, without refusals
     excused: int = 0  # attempts that fell into an outage: they do not count against --max_attempts
     suspect: bool = False  # it failed while others, sent later, were answered
@@ -504,72 +462,63 @@ class Request:
 class Reader:
     """Turns lines into requests, in order, numbered as in the file.
 
-    A regular file is read to the end that it has when reached. Anything else (standard input, a pipe) may come slowly
-    or never end, and is read by a thread of its own. `wake` is called, from threads, when there may be something new.
+    A file is read to the end that it has when reached. A stream (standard input, a pipe) may be slow or endless: it is
+    read by a thread of its own. `wake` is called, from threads, when there may be something new.
     """
 
-    def __init__(
-        self, file: IO[bytes], endpoint: Endpoint, tokens: Tokenizer, limit: int, wake: Callable[[], object]
-    ) -> None:
+    def __init__(self, file: IO[bytes], endpoint: Endpoint, tokens: Tokenizer, limit: int, wake: Wake) -> None:
         self.file, self.endpoint, self.tokens, self.limit, self.wake = file, endpoint, tokens, limit or math.inf, wake
         self.number, self.given, self.due, self.ended = 0, 0, 0.0, False
         self.preparing: asyncio.Future[Request] | None = None  # a long line, in a thread
-        self.unfinished, self.patience_ends = b"", math.inf
-        status = os.fstat(file.fileno())
-        self.size = status.st_size if stat.S_ISREG(status.st_mode) else 0
-        self.queue: queue.Queue[bytes] | None = None if stat.S_ISREG(status.st_mode) else queue.Queue(maxsize=256)
-        if self.queue:
-            threading.Thread(target=self.pump, args=(self.queue,), daemon=True).start()
+        self.patience_ends = math.inf  # with a torn last line
+        status, self.queue = os.fstat(file.fileno()), queue.Queue[bytes](maxsize=256)
+        self.size = status.st_size if stat.S_ISREG(status.st_mode) else 0  # 0: read by the thread
+        if not self.size:  # subtle: a file object of its own, since Python locks that of standard input when it ends
+            own = os.fdopen(os.dup(file.fileno()), "rb")
+            threading.Thread(target=self._pump, args=(own,), daemon=True).start()
+
+    def _pump(self, file: IO[bytes]) -> None:
+        line = b"\n"
+        with file, contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
+            while line:
+                line = read_bounded(file)
+                self.queue.put(line)
+                self.wake()
 
     def next(self, now: float) -> Request | None:
         """Give the next request; None if there is none (`ended`) or not yet (`due`, or `wake` is called)."""
-        if self.preparing is None:
-            self.due = math.inf
-            raw: bytes | None = b"\n"
-            while raw and not raw.strip():  # blank lines count, but are skipped
-                raw = self.next_line(now) if self.given < self.limit else b""
-                self.number += bool(raw)
-            if not raw:
-                self.ended = raw is not None
-                return None
-            self.given += 1
-            if len(raw) <= LONG_LINE_BYTES:
-                return parse_line(self.number, raw, self.endpoint)
-            self.preparing = asyncio.get_running_loop().run_in_executor(None, self.prepare, self.number, raw)
+        self.due = math.inf
+        if self.preparing:
+            request = self.preparing.result() if self.preparing.done() else None
+            self.preparing = None if request else self.preparing
+            return request
+        raw: bytes | None = b"\n"
+        while raw and not raw.strip(BLANKS):  # blank lines count, but are skipped
+            raw = b"" if self.ended or self.given >= self.limit else self._next_line(now)
+            self.number += bool(raw)
+        self.ended = raw == b""
+        self.given += bool(raw)
+        if raw and len(raw) > LONG_LINE_BYTES:
+            self.preparing = asyncio.get_running_loop().run_in_executor(None, self._prepare, self.number, raw)
             self.preparing.add_done_callback(lambda _: self.wake())
-        if not self.preparing.done():
             return None
-        request, self.preparing = self.preparing.result(), None
-        return request
+        return parse_line(self.number, raw, self.endpoint) if raw else None
 
-    def next_line(self, now: float) -> bytes | None:
+    def _next_line(self, now: float) -> bytes | None:
         """Give the next line; an empty one is the end, None means not yet."""
-        if self.queue:
-            with contextlib.suppress(queue.Empty):
-                return b"" if self.ended else self.queue.get_nowait()
+        if not self.size:
+            return None if self.queue.empty() else self.queue.get()
+        line = read_bounded(self.file)
+        torn = bool(line) and not line.endswith(b"\n")  # perhaps it is just being written
+        if torn and now < self.patience_ends and parse_line(self.number + 1, line, self.endpoint).problem:
+            self.patience_ends = min(self.patience_ends, now + UNFINISHED_LINE_SECONDS)
+            self.due = now + UNFINISHED_LINE_SECONDS / 10
+            self.file.seek(-len(line), os.SEEK_CUR)
             return None
-        line, self.unfinished = self.unfinished + read_bounded(self.file), b""
-        if line and not line.endswith(b"\n") and now < self.patience_ends:
-            try:
-                loads(line)  # whole, only without its line break
-            except ValueError:
-                self.patience_ends = min(self.patience_ends, now + UNFINISHED_LINE_SECONDS)
-                self.unfinished, self.due = line, now + UNFINISHED_LINE_SECONDS / 10
-                return None
         self.patience_ends = math.inf
         return line
 
-    def pump(self, lines: queue.Queue[bytes]) -> None:
-        """Pass on line after line of a stream; an empty one is the end."""
-        line = b"\n"
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
-            while line:
-                line = read_bounded(self.file)
-                lines.put(line)
-                self.wake()
-
-    def prepare(self, number: int, raw: bytes) -> Request:
-        """Read and estimate a long line."""
+    def _prepare(self, number: int, raw: bytes) -> Request:
         request = parse_line(number, raw, self.endpoint)
         if not request.problem:
             self.estimate(request)
@@ -578,13 +527,12 @@ class Reader:
     def estimate(self, request: Request) -> Estimate:
         """Count the tokens of a request, once."""
         if request.estimate is None:
-            count = self.tokens.counter(request.model)
-            request.estimate = estimate_tokens(request.body, self.endpoint.shape, count)
+            request.estimate = estimate_tokens(request.body, self.endpoint.shape, self.tokens.counter(request.model))
         return request.estimate
 
     def close(self) -> None:
-        """Let go of a file; a stream may still be read by its thread, which ends with the program."""
-        if not self.queue:
+        """Let go of the file; standard input stays open."""
+        if self.file.fileno() > 0:
             self.file.close()
 
     def expected_total(self) -> float:
@@ -598,7 +546,7 @@ def read_bounded(file: IO[bytes]) -> bytes:
     line = rest = file.readline(MAX_LINE_BYTES + 1)
     while len(line) > MAX_LINE_BYTES and rest and not rest.endswith(b"\n"):
         rest = file.readline(1 << 20)
-    return line
+    return line if len(line) <= MAX_LINE_BYTES else line[:-1] + b"\n"
 
 
 def parse_line(number: int, raw: bytes, endpoint: Endpoint) -> Request:
@@ -608,43 +556,30 @@ def parse_line(number: int, raw: bytes, endpoint: Endpoint) -> Request:
     {"custom_id": "a", "method": "POST", "url": "/v1/...", "body": {...}} -> {...}, {"custom_id": "a"}
     [{...}, response or errors, metadata]                                 -> {...}, metadata
     """
-    body: Any = None
     metadata: Any = None
     problem = ""
     try:
         if len(raw) > MAX_LINE_BYTES:
             raise ValueError(f"longer than {MAX_LINE_BYTES >> 20} MB")
-        value = loads(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw)
-        if isinstance(value, list) and len(value) in (2, 3, 4) and isinstance(value[0], dict):
-            body, metadata = value[0], value[2] if len(value) > 2 else None
-        elif not isinstance(value, dict):
+        body = loads(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw)
+        if isinstance(body, list) and len(body) in (2, 3, 4) and isinstance(body[0], dict):
+            body, metadata = body[0], body[2] if len(body) > 2 else None
+        elif not isinstance(body, dict):
             raise ValueError(f"a request is a JSON object, this is {str(raw[:40], errors='replace')!r}")
-        elif "custom_id" in value and isinstance(value.get("body"), dict):
-            body, metadata = value["body"], {"custom_id": value["custom_id"]}
-            problem = check_batch_line(value, endpoint)
+        elif "custom_id" in body and isinstance(body.get("body"), dict):
+            line, path = {"method": "POST", "url": "", **body}, urlsplit(endpoint.url).path
+            if line["method"] != "POST" or not path.endswith(str(line["url"])):
+                problem = f"it is for {line['method']} {line['url']}, but --request_url takes POST to {path}"
+            body, metadata = line["body"], {"custom_id": line["custom_id"]}
         else:
-            body, metadata = value, value.pop("metadata", None)
+            metadata = body.pop("metadata", None)
         problem = problem or check_request(body, endpoint.shape, endpoint.provider)
     except ValueError as error:
-        problem = str(error)
-    if body is None:
         kept = raw if len(raw) <= MAX_LINE_BYTES else raw[:RAW_TEXT_KEPT]
-        body = kept.decode(errors="backslashreplace").strip()
-    model = body.get("model") if isinstance(body, dict) else None
-    request = Request(number, body, metadata, identity(body, metadata), model=model if isinstance(model, str) else "")
-    request.problem = f"line {number}: {problem}" if problem else ""
-    return request
-
-
-def check_batch_line(line: dict[str, Any], endpoint: Endpoint) -> str:
-    """Why an OpenAI Batch line is not for this endpoint; "" if it is."""
-    path = urlsplit(endpoint.url).path
-    method, url = line.get("method", "POST"), line.get("url", path)
-    if method != "POST":
-        return f"its method is {method!r}; only POST can be sent"
-    known = SHAPES[endpoint.shape].paths.split()
-    same = isinstance(url, str) and path.endswith(url) and any(fnmatchcase(url, pattern) for pattern in known)
-    return "" if url == path or same else f"it is for {url!r}, but --request_url is for {path}"
+        body, problem = kept.decode(errors="backslashreplace").strip(), str(error)
+    problem = f"line {number}: {problem}" if problem else ""
+    model = only(str, only(dict, body).get("model"))
+    return Request(number, body, metadata, identity(body, metadata), problem, model)
 
 
 # ==== 2 estimate: tokens it will be charged ===========================================================================
@@ -863,10 +798,22 @@ class ServerLimits(NamedTuple):
 PACE_WINDOW = 60.05  # seconds that a start counts: a minute, and what the network may shift two arrivals
 PACE_EVEN = 0.985  # share of an even rate at which one-second slots do not overflow when arrivals shift by some ms
 PACE_SLACK = 0.008  # seconds of the pace that may be caught up after waking late
+PACE_BIN = 0.05  # seconds of starts that are remembered together
 PACE_TICK = 0.25  # seconds between two looks at what may grow
+PACE_QUICK = 0.05  # seconds of latency in which no queue is looked for: a busy client alone takes some ms
+PACE_CHANCE, PACE_SERIES = 0.3, 40  # share of refusals, starts between two: see _is_chance
 PACE_FREE = 1e12  # "no limit known": a number, since inf * 0 is none
 _Told = ServerLimits | None
 Outcome = enum.Enum("Outcome", "ACCEPTED REFUSED FAILED")  # FAILED: no reply or 5xx, says nothing about the rate
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Bin:
+    """Starts of about one moment together, so that a minute takes little memory at any rate."""
+
+    first: float
+    last: float
+    held: list[int]  # amounts as in Ticket
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -874,10 +821,10 @@ class Ticket:
     """One started attempt; amounts are (requests, tokens expected and later settled, tokens at worst)."""
 
     at: float
-    held: list[int]
+    held: tuple[int, int, int]
     flight: int  # requests in flight with this one
-    before: list[int]  # amounts started before
-    counted: bool = True  # still within the last minute
+    before: tuple[int, int, int]  # amounts taken before
+    bin: _Bin
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -889,31 +836,21 @@ class _Limit:
     hold: float = 1.0  # seconds until it may be raised again; longer each time that failed
     quiet_until: float = 0.0
     trail: list[float] = dataclasses.field(default_factory=list)  # values before each step of this raise
-    minute: float = PACE_FREE  # the user's budget
+    minute: float = PACE_FREE  # the budget: the user's, or a lower one that the server tells
     ceiling: float = PACE_FREE  # what may start in any minute
     level: float = 0.0  # what may start at once; below 0: wait
     held: int = 0  # started in the last minute
-    total: int = 0  # ever started
-    mark: int = 0  # of these, before the present stretch of evidence
+    taken: int = 0  # started since the last refusal that taught something
 
     def settle(self, value: float, now: float, hold: float) -> None:
         self.value, self.hold, self.quiet_until, self.trail = max(value, 0.01), hold, now + hold, []
-
-    def grow(self, least: float) -> None:
-        self.trail.append(self.value)
-        self.value = min(self.top, self.value + max(least, 0.01 * 2 ** min(5, len(self.trail)) * self.value))
-
-    def revert(self, now: float, least: float) -> None:
-        """Back to a safe value: not the latest ones, since a second's bucket hides an excess for a while."""
-        safe, steps = self.trail[max(0, len(self.trail) - 9)], len(self.trail)
-        self.settle(max(safe, min(least, self.value)), now, 2.0 if steps > 12 else min(60.0, 2 * max(1.0, self.hold)))
 
 
 class Pacer:
     """Decides when the request at the head of the line may start.
 
-    The budgets are ceilings for any minute. Within them the pace ramps up by time. A refusal is put down to the limit
-    that best fits what was admitted; only that one is lowered, and later probed upward, more rarely each time it fails.
+    Budgets are ceilings for any minute; 0 = unknown. Within them the pace ramps up by time, without them by replies.
+    A refusal lowers only the limit that best fits what was admitted; it is probed upward later, ever more rarely.
     """
 
     def __init__(
@@ -926,26 +863,32 @@ class Pacer:
         concurrency_hint: int = 0,
     ) -> None:
         self.in_flight, self.paused_until, self._most = 0, -math.inf, max_concurrent or math.inf
-        self._gap, self._ramping, self._slow_start = min_gap_seconds, not per_second, True
+        self._gap, self._slow_start, self._ramping = min_gap_seconds, True, not (per_second and requests_per_minute)
         self._now = self._ticked = self._cut = self._mark_at = self._last = self._blamed = -math.inf
-        self._starts: collections.deque[Ticket] = collections.deque()
-        self._rates, self._window = (_Limit(), _Limit(), _Limit()), _Limit(concurrency_hint or PACE_FREE)
-        self._capped = bool(concurrency_hint)  # the window comes from refusals, not from latencies alone
-        self._bound: list[_Limit | None] = [None, None]  # what held starts back since the last tick, and before it
-        self._barren = 0  # refusals in a row with next to nothing admitted between them
-        self._speed = (0.0, 0)  # replies per second, and in flight
-        self._since = self._latencies = self._base = self._peak = 0.0  # see _watch_queue
-        self._replies = self._count = 0
-        self.set_budgets(requests_per_minute, tokens_per_minute)
+        self._starts, self._capped, self._barren = collections.deque[_Bin](), False, 0  # see _watch_queue, _learn
+        self._rates, self._window = (_Limit(PACE_FREE if requests_per_minute else 10.0), _Limit(), _Limit()), _Limit()
+        self._bound: tuple[_Limit | None, _Limit | None] = (None, None)  # what binds since the last tick, and before it
+        self._speed, self._base, self._peak = (0.0, 0), 0.0, 0.0  # replies a second, and in flight; see _watch_queue
+        self._since, self._latencies, self._replies, self._count = 0.0, 0.0, 0, 0
+        self._window.value, self._capped = concurrency_hint or PACE_FREE, concurrency_hint > 0  # where it begins
+        self._budgets = (requests_per_minute or PACE_FREE, tokens_per_minute or PACE_FREE)
+        self._share, self._cuts, self._deaf_until, self._earlier = 0.0, 0, -math.inf, [PACE_FREE] * 4
+        self._believe(None, None)
 
-    def set_budgets(self, requests_per_minute: float, tokens_per_minute: float, now: float = 0.0) -> None:
-        """Change the ceilings, also during a run; 0 = unknown, which ramps up from 10 requests a second."""
-        budgets = (requests_per_minute, tokens_per_minute, tokens_per_minute)
-        for rate, budget, start in zip(self._rates, budgets, (10.0, PACE_FREE, PACE_FREE), strict=True):
-            rate.minute, even = budget or PACE_FREE, PACE_EVEN * budget / 60
-            if rate is not self._rates[2]:
-                rate.ceiling, rate.top = rate.minute, even or PACE_FREE
-                rate.value = (even or start) if self._ramping else min(rate.value, rate.top)
+    def set_budgets(self, requests_per_minute: float, tokens_per_minute: float, _now: float = 0.0) -> None:
+        """Change the ceilings during a run."""
+        self._budgets = (requests_per_minute or PACE_FREE, tokens_per_minute or PACE_FREE)
+        self._believe(*self._told)
+
+    def _believe(self, *told: float | None) -> None:
+        """Take the lower of both words, the server's as a ceiling only until it has shown what it enforces."""
+        for rate, budget, limit in zip(self._rates[:2], self._budgets, told, strict=True):
+            rate.minute = min(budget, limit) if limit and limit >= 1 else budget
+            even = PACE_EVEN * rate.minute / 60 if rate.minute < PACE_FREE else PACE_FREE
+            if even != rate.top and (self._ramping or rate.value >= min(rate.top, even)):
+                rate.value = even
+            rate.top, rate.ceiling = even, rate.minute if self._ramping else budget
+        self._rates[2].minute, self._told = self._rates[1].minute, told
 
     def _advance(self, now: float) -> float:
         """Move on to `now`: refill, forget what is older than a minute, let limits grow. A clock set back stands."""
@@ -953,258 +896,226 @@ class Pacer:
             return self._now
         for rate in self._rates:
             rate.level = min(rate.level + rate.value * (now - self._now), rate.value * PACE_SLACK)
-        self._now = now
-        while self._starts and now - self._starts[0].at >= PACE_WINDOW:
+        self._now, passed, window, bound = now, now - self._ticked, self._window, self._bound[0]
+        while self._starts and now - self._starts[0].last >= PACE_WINDOW:
             old = self._starts.popleft()
-            old.counted = False
-            for rate, amount in zip(self._rates, old.held, strict=True):
-                rate.held -= amount
-        if now - self._ticked >= PACE_TICK:
-            self._tick(self._bound[0], min(now - self._ticked, 1.0), now)
-        return now
-
-    def _tick(self, bound: _Limit | None, passed: float, now: float) -> None:
-        """Ramp up by time (doubling every half second), or raise the limit that binds."""
-        if self._ramping and self._starts:
-            for rate in self._rates[:2]:
-                blind = not self._base and rate.minute == PACE_FREE > rate.value  # 10,000 in flight after some 8 s
-                rate.value = min(2000.0 if blind else PACE_FREE, rate.value * 4**passed)
-        growing = self._capped if bound is self._window else not self._ramping
+            for index, rate in enumerate(self._rates):
+                rate.held, old.held[index] = rate.held - old.held[index], 0
+        if passed < PACE_TICK:
+            return now
+        for rate in self._rates[:2] if self._ramping and self._starts else ():
+            most = 2000.0 if rate.minute == PACE_FREE > rate.value else PACE_FREE  # 10,000 in flight after some 8 s
+            rate.value = min(most, rate.value * 4 ** min(passed, 1.0))
+        growing = self._capped if bound is window else not self._ramping
         if bound and growing and now >= bound.quiet_until and bound.value < bound.top:
-            if not bound.trail and bound is not self._window:
-                self._mark(now)
-            bound.grow(float(bound is self._window))
-        for limit in (self._window, *self._rates):
-            if limit.trail and limit not in (bound, self._bound[1]) and now > self._cut + 2:
-                limit.trail = []
-        self._ticked, self._bound = now, [None, bound]
-
-    def _mark(self, now: float) -> None:
-        self._mark_at = max(now, self.paused_until)
-        for rate in self._rates:
-            rate.mark = rate.total
+            bound.trail.append(bound.value)
+            share = 0.01 * 2 ** min(5, len(bound.trail))
+            bound.value = min(bound.top, bound.value + max(bound is window, share * bound.value))
+        self._ticked, self._bound = now, (None, bound)
+        return now
 
     def delay(self, cost: Cost, now: float) -> float:
         """Seconds after which to ask again; 0.0: start now; inf: only a reply can free the way."""
         now, window = self._advance(now), self._window
-        if self.in_flight >= self._most:
-            return math.inf
-        if self.in_flight >= window.value:
-            self._bound[0] = window
+        if self.in_flight >= min(self._most, window.value):
+            self._bound = (window if self.in_flight >= window.value else self._bound[0], self._bound[1])
             return max(PACE_TICK, window.quiet_until - now) if self._capped else math.inf
-        wait = max(0.0, self.paused_until - now)
-        if now - self._last < self._gap:
-            wait = max(wait, self._gap - (now - self._last), 1e-6)  # never 0 by rounding
+        wait = max(0.0, self.paused_until - now, self._gap - (now - self._last))
         for rate, amount in zip(self._rates, (1, cost.expected, cost.worst), strict=True):
             if rate.held + amount > rate.ceiling and rate.held > 0:
-                wait = max(wait, PACE_WINDOW - (now - self._starts[0].at), 1e-6)
+                wait = max(wait, PACE_WINDOW - (now - self._starts[0].last))
             elif rate.level < 0 and -rate.level > wait * rate.value:
-                wait, self._bound[0] = max(-rate.level / rate.value, 1e-6), rate
-        return wait
+                wait, self._bound = -rate.level / rate.value, (rate, self._bound[1])
+        return wait and max(wait, 1e-6)  # less may be lost when added to the time
 
     def start(self, cost: Cost, now: float) -> Ticket:
         """Take the place and reserve the tokens."""
         now = self._advance(now)
-        if self._last == -math.inf:
-            self._mark_at = now
+        self._mark_at = now if self._last == -math.inf else self._mark_at
         if self.in_flight == 0:  # what came before says nothing about the present load
             self._since, self._replies, self._count, self._latencies = now, 0, 0, 0.0
-        self.in_flight, self._last = self.in_flight + 1, now
-        ticket = Ticket(now, [1, cost.expected, cost.worst], self.in_flight, [rate.total for rate in self._rates])
-        for rate, amount in zip(self._rates, ticket.held, strict=True):
-            rate.held, rate.total, rate.level = rate.held + amount, rate.total + amount, rate.level - amount
-        self._starts.append(ticket)
-        return ticket
+        self.in_flight, self._last, (first, second, third) = self.in_flight + 1, now, self._rates
+        if not self._starts or now - self._starts[-1].first >= PACE_BIN:
+            self._starts.append(_Bin(now, now, [0, 0, 0]))
+        place, held, taken = self._starts[-1], (1, cost.expected, cost.worst), (first.taken, second.taken, third.taken)
+        place.last = now
+        for index, (rate, amount) in enumerate(zip(self._rates, held, strict=True)):
+            rate.held, rate.taken, rate.level = rate.held + amount, rate.taken + amount, rate.level - amount
+            place.held[index] += amount
+        return Ticket(now, held, self.in_flight, taken, place)
 
-    def finish(
-        self, ticket: Ticket, outcome: Outcome, now: float, tokens: int | None = None, limits: _Told = None
-    ) -> None:
-        """Settle the tokens (None: unknown; a refusal uses none) and hear what the reply says about the pace."""
-        now, self.in_flight, old = self._advance(now), self.in_flight - 1, ticket.held
-        refused = outcome is Outcome.REFUSED
-        ticket.held = [1, 0, 0] if refused else [1, old[1] if tokens is None else max(0, tokens), old[2]]
-        for rate, before, after in zip(self._rates, old, ticket.held, strict=True):
-            rate.held += (after - before) * ticket.counted
-            rate.level -= 0 if refused else after - before
-        if refused:
-            self._refused(ticket, now, limits.retry_after if limits else None)
-        elif outcome is Outcome.ACCEPTED:
+    def finish(self, ticket: Ticket, outcome: Outcome, now: float, used: int | None = None, told: _Told = None) -> None:
+        """Settle the tokens used (None: unknown; a refusal uses none) and hear what the reply says about the pace."""
+        now, self.in_flight, refused = self._advance(now), self.in_flight - 1, outcome is Outcome.REFUSED
+        _, was, worst = ticket.held
+        used = 0 if refused else was if used is None else max(0, used)
+        ticket.held = (1, used, worst)
+        if ticket.bin.held[0]:  # still within the last minute
+            ticket.bin.held[1] += used - was
+            self._rates[1].held += used - was
+        self._rates[1].level -= 0 if refused else used - was
+        limits = (told.requests_per_minute, told.tokens_per_minute) if told else (None, None)
+        if limits != self._told and (told or outcome is Outcome.ACCEPTED):
+            self._believe(*limits)
+        self._share += 0.05 * (refused - self._share) * (outcome is not Outcome.FAILED)
+        if outcome is Outcome.ACCEPTED:
             self._watch_queue(self._window, ticket.at, now)
+        elif refused:
+            pause, asked = 0.0, told.retry_after if told else None
+            if ticket.at > self._cut and self._is_chance(now):
+                self._cut = now
+            elif ticket.at > self._cut:  # what started before a refusal was heard only prolongs the pause
+                pause, self._cut = self._learn(ticket, self._window, now), now
+                for rate in self._rates:
+                    rate.taken *= self._blamed == now
+            elif self._capped and self._window.quiet_until > now:
+                self._window.value = max(1.0, min(self._window.value, ticket.flight - 1.0))
+            self.paused_until = max(self.paused_until, now + (min(asked, 900.0) if asked and asked > 0 else pause))
+            self._mark_at = self._mark_at if self._blamed == self._cut else max(now, self.paused_until)
+
+    def _is_chance(self, now: float) -> bool:
+        """Whether refusals stay rare, but do not end however slow it goes: they are no news about the pace then."""
+        if self._share > PACE_CHANCE or now < self._deaf_until:
+            return self._share <= PACE_CHANCE
+        if self._rates[0].taken > PACE_SERIES:
+            self._cuts, self._earlier = 0, [limit.value for limit in (*self._rates, self._window)]
+        self._cuts += 1
+        if self._cuts > 5 and not self._ramping:
+            for limit, value in zip((*self._rates, self._window), self._earlier, strict=True):
+                limit.value, limit.trail = value, []
+            self._deaf_until = now + 60
+        return self._deaf_until > now
 
     def _watch_queue(self, window: _Limit, started: float, now: float) -> None:
         """Keep the window at what raises replies per second: more would only wait in the server's queue."""
-        flight, slow_start, self._replies = self.in_flight + 1, self._slow_start, self._replies + 1
+        flight, slow_start, rate = self.in_flight + 1, self._slow_start, self._rates[0]
+        self._replies += 1
         if slow_start and not self._capped:
+            rate.value = max(rate.value, rate.top * self._ramping)  # without a budget replies are the clock from now on
             window.value = max(8.0, flight) if window.value == PACE_FREE else window.value
             window.value += 1.5 if flight >= window.value / 2 else 0
         if slow_start or started >= self._since:
             self._count, self._latencies = self._count + 1, self._latencies + now - started
-        mean, passed = self._latencies / max(1, self._count), now - self._since
-        few, short = (8, max(1.0, 2 * (self._base or mean))) if slow_start else (max(16, flight / 2), 3 * mean)
+        mean, passed = max(PACE_QUICK, self._latencies / max(1, self._count)), now - self._since
+        base = self._base or mean
+        few, short = (8, max(min(1.0, 40 * base**2), 2 * base)) if slow_start else (max(16, flight / 2), 3 * mean)
         if self._count < few or passed < short:
             return
-        (before, crowd), speed, base = self._speed, self._replies / passed, self._base or mean
+        (before, crowd), speed, bound = self._speed, self._replies / passed, window in self._bound
         self._since, self._replies, self._count, self._latencies, self._speed = now, 0, 0, 0.0, (speed, flight)
+        queue = bound if self._capped else not slow_start or speed < 1.25 * before
         if self._peak and (speed < 0.8 * self._peak or window.value <= 2):  # drained too far; by Little's law:
             window.settle(max(2.0, 1.3 * window.value * self._peak / speed), now, 2.0)
             self._base, self._peak = mean, 0.0
-        elif self._peak or (
-            mean > 2.5 * base
-            and flight > 0.8 * crowd
-            and (window in self._bound if self._capped else not slow_start or speed < 1.25 * before)
-        ):
+        elif mean > PACE_QUICK if self._peak else queue and mean > 2.5 * base and flight > 0.8 * crowd:
             self._peak, self._slow_start = max(self._peak, speed), False  # a queue: drain it until speed falls
             window.settle(max(1.0, min(0.6 * min(flight, window.value), 1.5 * speed * base)), now, 30.0)
         else:
-            self._base = min(base, mean)
-            window.value *= (
-                1.4 if window in self._bound and mean < 1.5 * base and not (self._capped or slow_start) else 1
-            )
-
-    def _refused(self, ticket: Ticket, now: float, asked: float | None) -> None:
-        """Hear a refusal; all that started before one was heard are one signal, and only prolong the pause."""
-        pause = 0.0
-        if ticket.at > self._cut:
-            pause, self._cut = self._learn(ticket, self._window, now), now
-            if self._blamed != now:
-                self._mark(now)
-        elif self._capped and self._window.quiet_until > now:
-            self._window.value = max(1.0, min(self._window.value, ticket.flight - 1.0))
-        pause = min(asked, 900.0) if asked is not None and asked > 0 else pause
-        self.paused_until = max(self.paused_until, now + pause)
-        if self._blamed != self._cut:
-            self._mark_at = max(now, self.paused_until)
+            self._base, self._peak = min(base, mean), 0.0
+            window.value *= 1.4 if bound and mean < 1.5 * base and not (self._capped or slow_start) else 1
 
     def _learn(self, ticket: Ticket, window: _Limit, now: float) -> float:
         """Lower the limit that explains a refusal; returns the seconds to pause if the server names none."""
-        taken = [before - rate.mark for before, rate in zip(ticket.before, self._rates, strict=True)]
-        passed = max(0.0, ticket.at - self._mark_at)
-        admitted = [PACE_EVEN * amount / (passed + 1) for amount in taken]  # if it was a second's bucket, and full
-        index = next((i for i, rate in enumerate(self._rates) if rate is (self._bound[0] or self._bound[1])), 0)
-        rate, self._barren = self._rates[index], self._barren + 1 if taken[0] < 3 else 0
-        if self._ramping or (rate.value > 1e9 and not self._capped):
-            index, fits = self._classify([amount / (passed + 0.5) * 60 for amount in taken])
-            if index < 0:
-                return self._starts[0].at + PACE_WINDOW - now
-            even, rate = PACE_EVEN * self._rates[index].minute / 60, self._rates[index]
-            rate.settle(even if fits else min(even, admitted[index]), now, 1.0 if fits else 0.5)
-            if fits:
-                return 1.0
-        elif self._capped and ticket.flight >= (window.trail or [window.value])[0] and now - self._blamed > 3:
+        rates, bound, passed = self._rates, self._bound[0] or self._bound[1], max(0.0, ticket.at - self._mark_at)
+        admitted = [PACE_EVEN * amount / (passed + 1) for amount in ticket.before]  # a second if its bucket was full
+        self._barren = self._barren + 1 if ticket.before[0] < 3 else 0
+        index = rates.index(bound) if bound in rates else 0
+        if self._ramping or (rates[index].value > 1e9 and not self._capped):
+            self._ramping = False
+            full = next((rate for rate in rates if 0.85 <= rate.held / rate.minute <= 1.2), None)
+            for rate, budget in zip(rates, (*self._budgets, PACE_FREE), strict=True):
+                rate.value, rate.ceiling = PACE_FREE, rate.minute if rate is full else budget
+            if full:  # a minute's budget, just used up
+                return self._starts[0].last + PACE_WINDOW - now
+            fits = [(60 * speed / rate.minute, i) for i, (speed, rate) in enumerate(zip(admitted, rates, strict=True))]
+            share, index = min((fit for fit in fits if fit[0] >= 0.8), default=(0.0, 0))
+            even = PACE_EVEN * rates[index].minute / 60
+            rates[index].settle(even if share else min(even, admitted[index]), now, 1.0)
+        elif self._capped and ticket.flight >= window.value and now - self._blamed > 3:
             self._blamed = now
             window.settle(max(1.0, ticket.flight - 1.0), now, min(120.0, max(20.0, 2 * window.hold)))
             return 0.0  # a reply will free the place
-        elif any(limit.trail for limit in self._rates):
-            for limit, least in zip(self._rates, admitted, strict=True):
-                limit.revert(now, least) if limit.trail else None
+        elif raised := [(rate, least) for rate, least in zip(rates, admitted, strict=True) if rate.trail]:
+            for rate, least in raised:  # not to the latest values, since a second's bucket hides an excess for a while
+                rate.settle(max(rate.trail[-9:][0], min(least, rate.value)), now, min(60.0, 2 * rate.hold))
             window.quiet_until = min(window.quiet_until, now + 1.0)  # if it was blamed just before, then wrongly
             return 0.5
         elif self._barren:
+            rates[index].settle(0.9 * rates[index].value, now, 2.0)
             return min(60.0, 2.0 ** min(6, self._barren))
         else:
-            rate.settle(min(0.9 * rate.value, max(admitted[index], rate.value / 4)), now, 2.0)
+            rates[index].settle(min(0.9 * rates[index].value, max(admitted[index], rates[index].value / 4)), now, 2.0)
         self._capped = True  # it may be a cap on concurrency, too: then this many fit
         window.settle(max(1.0, min(window.value, ticket.flight - 1.0)), now, 0.5)
         return 1.0
-
-    def _classify(self, speeds: list[float]) -> tuple[int, bool]:
-        """The first refusal: which budget, as a minute's (-1) or a second's, is just what was admitted, if any?"""
-        self._ramping = False
-        for rate in self._rates:
-            rate.value = PACE_FREE
-        for rate in self._rates:
-            if 0.85 <= rate.held / rate.minute <= 1.2:
-                rate.ceiling = rate.minute
-                return -1, True
-        fits = [
-            (speed / rate.minute, index) for index, (rate, speed) in enumerate(zip(self._rates, speeds, strict=True))
-        ]
-        share, index = min((fit for fit in fits if fit[0] >= 0.8), default=(0.0, 0))
-        return index, share > 0
 
     def last_minute(self) -> tuple[int, int]:
         """Requests and tokens started in the last minute."""
         return self._rates[0].held, self._rates[1].held
 
-    def allowed(self) -> tuple[float, float]:
-        """Starts a second, and requests in flight, that are allowed now; PACE_FREE: no limit."""
-        return self._rates[0].value, self._window.value
-
     def describe(self) -> str:
         """What limit was found, in words; "" if there is nothing worth telling."""
-        rate, allowed = self._rates[0].value, self._rates[0].minute / 60
+        rate, allowed = self._rates[0].top if self._ramping else self._rates[0].value, self._budgets[0] / 60
         if self._capped and self._window in self._bound:
             return f"this server takes about {self._window.value:.0f} requests at once"
         told = f"; you allowed {allowed:.3g}" if allowed < 1e9 else ""
-        found = not self._ramping and rate < min(1e9, 0.95 * allowed)
-        return f"this server takes about {rate:.3g} requests a second{told}" if found else ""
+        return f"this server takes about {rate:.3g} requests a second{told}" if rate < min(1e9, 0.95 * allowed) else ""
 
 
 OUTAGE_STREAK = 10  # different requests without an answer, in the order of their starts
 PROBE_SECONDS = (1.0, 5.0)  # between probes: at first, at most
 
 
+@dataclass(slots=True)
 class Outage:
     """Tells a provider that is down from requests that fail, and lets only probes through meanwhile.
 
     Evidence goes by the time of the start: an answer speaks for what was sent before, not for what was sent later.
     """
 
-    def __init__(self) -> None:
-        self.alive = -math.inf  # the latest start that was answered
-        self.streak: dict[int, tuple[float, Request]] = {}  # later starts that failed, by line
-        self.down_since = math.inf
-        self.next_probe, self.interval = 0.0, PROBE_SECONDS[0]
+    alive: float = -math.inf  # the latest start that was answered
+    streak: dict[Request, float] = field(default_factory=dict)  # starts after that, in a row, that failed
+    down: bool = False
+    since: float = 0.0  # when the latest outage was noticed
+    last_start: float = 0.0
 
-    @property
-    def down(self) -> bool:
-        """Whether only probes may start."""
-        return self.down_since < math.inf
-
-    def failed(self, request: Request, enough: float, in_flight: Iterable[Request], now: float) -> bool:
+    def failed(self, request: Request, enough: int, in_flight: Iterable[Request], now: float) -> bool:
         """Hear of an attempt without an answer; true if it shows an outage: so many in a row, and few still open."""
+        request.excused += self.down
         request.suspect = request.suspect or request.started <= self.alive
         if self.down or request.suspect:
             return False
-        self.streak.setdefault(request.line, (request.started, request))
-        first, many = next(iter(self.streak.values()))[0], len(self.streak)
-        if (
-            many < min(OUTAGE_STREAK, max(2.0, enough))
-            or sum(r.started > first for r in islice(in_flight, many + 1)) > many
-        ):
-            return False
-        self.down_since, self.next_probe, self.interval = now, now + PROBE_SECONDS[0], PROBE_SECONDS[0]
-        for _, excused in self.streak.values():
-            excused.excused += 1
-        self.streak.clear()
-        return True
+        self.streak.setdefault(request, request.started)
+        first, many = next(iter(self.streak.values())), len(self.streak)
+        still_open = (other for other in islice(in_flight, many + 1) if other.started > first)
+        if many >= min(enough, OUTAGE_STREAK) and len(list(still_open)) <= many:
+            self.down, self.since = True, now
+            for excused in self.streak:
+                excused.excused += 1
+            self.streak.clear()
+        return self.down
 
     def answered(self, started: float) -> bool:
         """Hear of an answer; true if it ends an outage."""
         self.alive = max(self.alive, started)
-        for line, (at, request) in list(self.streak.items()):
-            if at <= self.alive:
-                request.suspect = True
-                del self.streak[line]
-        ended = started >= self.down_since
-        self.down_since = math.inf if ended else self.down_since
-        return ended
-
-    def probed(self, now: float) -> None:
-        """Hear of a start: while the provider is down, the next one waits longer."""
-        self.next_probe, self.interval = now + self.interval, min(self.interval * 1.5, PROBE_SECONDS[1])
+        for request in [request for request, at in self.streak.items() if at <= self.alive]:
+            request.suspect = True
+            del self.streak[request]
+        was_down, self.down = self.down, self.down and started < self.since
+        return was_down and not self.down
 
     def delay(self, now: float) -> float:
-        """Seconds until the next probe."""
-        return max(0.0, self.next_probe - now) if self.down else 0.0
+        """Seconds until the next probe: rarer the longer the provider is down."""
+        last, (least, most) = max(self.last_start, self.since), PROBE_SECONDS
+        return max(0.0, last + min(max((last - self.since) / 2, least), most) - now) if self.down else 0.0
 
 
 # ==== 4 send: the only place that knows HTTP ==========================================================================
 
 CONNECT_SECONDS = 30.0
 SPARE_OPEN_FILES, MOST_CONCURRENT = 64, 20_000  # of no connections; fewer than the ports that an address has
-SHORTEST_SECRET, REDACTED = 12, "[REDACTED]"  # shorter ones would be found in ordinary words
-TEXT_KEPT = 2000  # bytes of a reply that is no JSON
+SHORTEST_SECRET = 12  # shorter ones would be found in ordinary words
+TEXT_KEPT, LARGE_BODY = 2000, 1 << 20  # bytes of a reply that is no JSON; aiohttp sends more only from a file
 
 
 @dataclass(slots=True)
@@ -1225,18 +1136,25 @@ class Reply:
 class Secrets(logging.Filter):
     """What must never reach a file, a log or a message: keys, proxy passwords, headers that look like keys."""
 
-    texts: frozenset[str] = frozenset()
+    patterns: tuple[re.Pattern[bytes], ...] = ()
 
     def add(self, text: str) -> None:
-        """Look for this text from now on, also as JSON and as URLs write it."""
-        if len(text) >= SHORTEST_SECRET:
-            self.texts |= {text, json.dumps(text)[1:-1], quote(text, safe="")}
+        """Look for this text from now on, however JSON and URLs write it."""
+        pattern = ""
+        for sign in text:
+            ways = (sign, f"\\{sign}", json.dumps(sign)[1:-1], f"\\u{ord(sign):04x}", quote(sign, safe=""))
+            pattern += sign if re.match(r"(?a)[\w-]", sign) else f"(?i:{'|'.join(map(re.escape, ways))})"
+        self.patterns += (re.compile(pattern.encode()),) if len(text) >= SHORTEST_SECRET else ()
+
+    def clean(self, data: bytes) -> bytes:
+        """Replace every secret."""
+        for pattern in self.patterns:
+            data = pattern.sub(b"[REDACTED]", data)
+        return data
 
     def redact(self, text: str) -> str:
         """Replace every secret."""
-        for secret in self.texts:
-            text = text.replace(secret, REDACTED)
-        return text
+        return self.clean(text.encode(errors="surrogatepass")).decode(errors="surrogatepass")
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Replace every secret in a log line."""
@@ -1273,47 +1191,44 @@ class Endpoint:
             body = wrap_gateway(body, self.key)
         elif body.get("stream") is True and "stream_options" not in body:  # for its usage; the user's line stays
             body = {**body, "stream_options": {"include_usage": True}}
-        reply, data = Reply(), dumps(body)
+        reply, raw, data = Reply(), bytearray(), dumps(body)
+        large = io.BytesIO(data) if len(data) > LARGE_BODY else data
         try:
-            async with self.session.post(self.url, data=data, allow_redirects=False, proxy=self.proxy) as response:
+            async with self.session.post(self.url, data=large, allow_redirects=False, proxy=self.proxy) as response:
                 reply.status, reply.headers = response.status, response.headers
-                await self.read(response, reply)
+                while not response.content.at_eof():
+                    chunk = await response.content.readany()
+                    if len(raw) + len(chunk) > self.max_reply_bytes:
+                        response.close()
+                        reply.failure, reply.message = "too_large", "the reply is larger than --max_reply_megabytes"
+                        return reply
+                    raw += chunk
+            self._parse(self.secrets.clean(bytes(raw)), reply)
         except Exception as error:  # noqa: BLE001 - whatever the network does, the run goes on
             explain(error, reply)
-        reply.message = self.secrets.redact(reply.message)
+            reply.message = self.secrets.redact(reply.message)
         return reply
 
-    async def read(self, response: aiohttp.ClientResponse, reply: Reply) -> None:
-        """Read a body of bounded size and parse it, whatever its content type claims."""
-        chunks, size = [], 0
-        while chunk := await response.content.readany():
-            chunks.append(chunk)
-            size += len(chunk)
-            if size > self.max_reply_bytes:
-                response.close()
-                reply.failure, reply.message = "too_large", "the reply is larger than --max_reply_megabytes"
-                return
-        raw = b"".join(chunks)
-        for secret in self.secrets.texts:
-            raw = raw.replace(secret.encode(), REDACTED.encode())
+    def _parse(self, raw: bytes, reply: Reply) -> None:
         if reply.status == 200 and "event-stream" in reply.headers.get("Content-Type", ""):
             reply.body, reply.message = assemble_stream(raw)
             reply.failure = "connection" if reply.body is None else ""
             return
         try:
-            reply.body = loads(raw)
+            reply.body = loads(raw)  # whatever its content type claims
         except ValueError:
             reply.text = raw[:TEXT_KEPT].decode(errors="replace")
         if 300 <= reply.status < 400:
-            reply.message = self.secrets.redact(reply.headers.get("Location", "nowhere"))
-        if self.provider.name == "json_gateway" and reply.status == 200:
+            reply.headers = {"Location": self.secrets.redact(reply.headers.get("Location", "nowhere"))}
+        elif self.provider.name == "json_gateway" and reply.status == 200:
             reply.body, reply.details, reply.message = unwrap_gateway(reply.body)
             reply.failure = "bad_reply" if reply.message else ""
 
 
 def explain(error: Exception, reply: Reply) -> None:
     """Put an error of the network in words, and tell whether the request may have reached the provider."""
-    reply.failure, reply.message = "connection", f"{type(error).__name__}: {error}"
+    words = f"{error.status} {error.message}" if isinstance(error, aiohttp.ClientResponseError) else str(error)
+    reply.failure, reply.message = "connection", f"{type(error).__name__}: {words}"
     reply.sent = not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
     if isinstance(error, TimeoutError):
         reply.failure, reply.message = "timeout", "no whole reply within --request_timeout"
@@ -1337,51 +1252,52 @@ def find_proxy(url: str, secrets: Secrets) -> str | None:
 
 def open_files_for(wanted: int) -> int:
     """Raise the soft limit on open files as far as needed and allowed; gives the requests that may be in flight."""
-    try:
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit for sockets
         import resource
-    except ImportError:  # Windows has no such limit for sockets
-        return wanted
-    soft, hard = (math.inf if n == resource.RLIM_INFINITY else n for n in resource.getrlimit(resource.RLIMIT_NOFILE))
-    if soft < wanted + SPARE_OPEN_FILES:
-        soft = min(wanted + SPARE_OPEN_FILES, hard)
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (int(soft), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    return max(1, min(wanted, int(soft) - SPARE_OPEN_FILES)) if soft < math.inf else wanted
+
+        limits, endless = resource.getrlimit(resource.RLIMIT_NOFILE), resource.RLIM_INFINITY
+        soft, hard = (math.inf if limit == endless else limit for limit in limits)
+        if soft < (needed := wanted + SPARE_OPEN_FILES):
+            wanted = max(1, int(min(needed, hard)) - SPARE_OPEN_FILES)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted + SPARE_OPEN_FILES, limits[1]))
+    return wanted
 
 
 # ==== 5 judge: what the reply means ===================================================================================
 
 T = TypeVar("T")
 Action = Enum("Action", "DONE REFUSED RETRY FAIL STOP")  # success; rate limit; passing; hopeless request; hopeless run
-Meaning = tuple[Action, str]  # with the kind of error
-ANSWERED, THROTTLED, BUSY = (Action.DONE, ""), (Action.REFUSED, "rate_limit"), (Action.RETRY, "server_error")
-NO_ANSWER, REJECTED = (Action.RETRY, "bad_reply"), (Action.FAIL, "bad_request")
-FILTERED, BAD_KEY = (Action.FAIL, "content_filter"), (Action.STOP, "auth")
-NO_MONEY, REDIRECTED = (Action.STOP, "no_money"), (Action.STOP, "redirect")
-BY_STATUS = {402: NO_MONEY, 429: THROTTLED} | dict.fromkeys((401, 403, 407), BAD_KEY)
-BY_STATUS |= dict.fromkeys((408, 409, 425, 498, 499), BUSY)  # 498: Groq is out of flexible capacity
-BY_CENTURY = {3: REDIRECTED, 4: REJECTED}  # all else is the provider's fault
-EVERYWHERE = {"context_length_exceeded model_not_found": REJECTED, "content_filter content_policy*": FILTERED}
-UNDER_200 = {"invalid* bad*": 400, "auth*": 401, "billing*": 402, "permission*": 403, "rate_limit* throttl*": 429}
+# fmt: off
+ACTIONS = {kind: action for action, kinds in {  # what each kind of error asks for
+    Action.RETRY: "connection timeout bad_reply server_error", Action.FAIL: "bad_request content_filter too_large",
+    Action.REFUSED: "rate_limit", Action.STOP: "auth no_money redirect"}.items() for kind in kinds.split()}
+RULES = {  # what a whole code, type, status or message is like, in order; the provider's own rules come first
+    "context_length_exceeded|model_not_found": "bad_request", r"content_(filter|policy)\w*": "content_filter",
+    "http(401|403|407)": "auth", "http402": "no_money", "http429": "rate_limit", "http3..": "redirect",
+    "http(408|409|425|498|499|5..)": "server_error", "http4..": "bad_request",
+    # for errors under 200, of which only the words tell
+    r"(auth|permission)\w*": "auth", r"billing\w*": "no_money", r"(rate_limit|throttl)\w*": "rate_limit",
+    r"(invalid|bad_)\w*": "bad_request", ".*": "server_error"}
 BLOCKED = set("content_filter sensitive refusal safety recitation blocklist prohibited_content spii other".split())
 UNFINISHED = set("insufficient_system_resource network_error error malformed_function_call failed queued".split())
-CACHED = ("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens", "cachedContentTokenCount")
 ENDS = ("finish_reason", "finishReason", "stop_reason", "reason", "status")
-ERROR_KEYS = "loc message msg detail error error_code metadata raw details reason violations quotaId retryDelay".split()
+ERROR_KEYS = ("message", "msg", "detail", "error", "error_code", "metadata", "details")
+CACHED = ("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens", "cachedContentTokenCount")
+LIMIT_NAMES = {
+    "requests": "x-ratelimit-{}-requests anthropic-ratelimit-requests-{} x-ratelimit-{}-req-minute x-ratelimit-{}",
+    "tokens": "x-ratelimit-{}-tokens anthropic-ratelimit-tokens-{} x-tokenlimit-{} x-ratelimitbysize-{}-minute"}
+LIMIT_HEADERS = {name.format(figure): (what, figure) for what, names in LIMIT_NAMES.items() for name in names.split()
+                 for figure in ("limit", "remaining", "reset")}
+# fmt: on
 OWN_SIZE = re.compile(r"limit:? ?(\d{1,18})\b.{0,80}requested:? ?(\d{1,18})", re.IGNORECASE)
-TRY_AGAIN = re.compile(r"\b(?:try again|retry) (?:in|after) ((?:\d[\d.]* ?[a-z]+ ?)+)", re.IGNORECASE)
-DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?) ?(ms|milli|[smhd])[a-z]*[. ]*", re.IGNORECASE)
-SECONDS_IN = {"ms": 0.001, "milli": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-LIMIT_NAME = re.compile(  # whose limit, of what, which figure, of what, by when
-    r"(?:[a-z]+-)?(rate-?limit|tokenlimit|ratelimitbysize)-(?:(.+)-)?(limit|remaining|reset)(?:-(.+?))??"
-    r"(?:-(minute|day|month))?"
-)
-WORDS_KEPT, LONGEST_WAIT_SECONDS, LONGEST_RETRY_SECONDS = 600, 600.0, 60.0
-MOST, EPOCH = 1e13, 1e9  # no count is higher; a larger number of seconds is a date
+TRY_AGAIN = re.compile(r'(?:(?:again|retry) (?:in|after)|retryDelay":) ?"?((?:\d[\d.]* ?[a-z]+ ?)+)', re.IGNORECASE)
+NUMBER = re.compile(r"\d{1,13}(?:\.\d{1,9})?")
+DURATION = re.compile(rf"({NUMBER.pattern}) ?(ms|milli|[smhd]|$)[a-z]*[. ]*", re.IGNORECASE)
+SECONDS_IN = {"": 1.0, "ms": 0.001, "milli": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+WORDS_KEPT, LONGEST_WAIT_SECONDS, LONGEST_RETRY_SECONDS, EPOCH = 1500, 600.0, 60.0, 1e9
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What a reply means: what to do, the kind of error, the provider's own words and code."""
 
     action: Action
@@ -1392,76 +1308,60 @@ class Verdict:
 
 def judge(reply: Reply, provider: Provider, shape: str) -> Verdict:
     """Decide by what the network did, then by the provider's own words and codes, then by the status."""
-    status, meaning = reply.status, None
+    status = reply.status
     if reply.failure and status < 300:
-        return Verdict(Action.FAIL if reply.failure == "too_large" else Action.RETRY, reply.failure, reply.message)
-    if status < 300 and (meaning := look_inside(reply.body, SHAPES[shape].answer)) is ANSWERED:
+        return Verdict(ACTIONS[reply.failure], reply.failure, reply.message)
+    kind = look_inside(reply.body, SHAPES[shape].answer) if status < 300 else None
+    if kind == "":
         return Verdict(Action.DONE)
     code, family, message = error_words(reply.body, reply.text)
-    if status < 300:  # an error under 200 is judged like the status that it deserves
-        status = int(code) if re.fullmatch("[45][0-9]{2}", code) else first_match(UNDER_200, code, family) or 500
-    elif status < 400:
-        message = f"redirected to {reply.headers.get('Location')}: if you trust it, set --request_url to it"
+    if 300 <= status < 400:
+        message = f"redirected to {reply.message or reply.headers.get('Location')}: if trusted, set --request_url to it"
     if (size := OWN_SIZE.search(message)) and int(size[2]) > int(size[1]):
-        meaning = REJECTED  # no waiting makes room for this request
-    told = (value for text, value in provider.texts.items() if re.search(text, message, re.IGNORECASE))
-    for table in (provider.codes, EVERYWHERE):
-        meaning = meaning or next(told, None) or first_match(table, code, family, f"http{status}")
-    action, kind = meaning or BY_STATUS.get(status) or BY_CENTURY.get(status // 100, BUSY)
-    return Verdict(action, kind, message or f"status {reply.status} without a usable answer", code or family)
+        kind = "bad_request"  # no waiting makes room for this request
+    words = (code, family, f"http{code if status < 300 else status}", message)
+    rules = chain(provider.codes.items(), RULES.items())
+    fits = (told for pattern, told in rules for word in words if re.fullmatch(pattern, word, re.IGNORECASE))
+    kind = kind or next(fits)
+    return Verdict(ACTIONS[kind], kind, message or f"status {status} without a usable answer", code or family)
 
 
-def first_match(table: Mapping[str, Any], *words: str) -> Any:
-    """The value of the first row with a pattern for one of the words: {"1302 13*": x}, "1302" -> x; or None."""
-    rows = ((pattern, value) for patterns, value in table.items() for pattern in patterns.lower().split())
-    return next((value for pattern, value in rows for word in words if fnmatchcase(word.lower(), pattern)), None)
-
-
-def look_inside(body: Any, answer: str) -> Meaning | None:
-    """What the content of a reply under 200 means; None if its error words have to tell."""
-    if isinstance(body, list) and body:  # so do some servers of embeddings; Gemini puts a list around an error
-        return None if "error" in only(dict, body[0]) else ANSWERED
-    if not isinstance(body, dict):
-        return NO_ANSWER
-    found = body.get(answer)
+def look_inside(body: Any, answer: str) -> str | None:
+    """The kind of error of a reply under 200: "" if it is an answer, None if its error words have to tell."""
+    if isinstance(body, list) and body and "error" not in only(dict, body[0]):
+        return ""  # so do some servers of embeddings; Gemini puts a list around an error
+    whole = dict(only(dict, body))
+    found = whole.get(answer)
     plain = [only(dict, choice).get("finish_reason") in ("stop", "length") for choice in only(list, found)]
-    if plain and all(plain) and answer == "choices":
-        return ANSWERED  # subtle: the rest decides the same, slower
-    if not found and only(dict, body.get("promptFeedback")).get("blockReason"):
-        return FILTERED
-    if body.get("error") or (not found and found != []):
-        return None if any(error_words(body)) else NO_ANSWER
-    if answer not in ("choices", "candidates"):
-        output, *more = (only(dict, body.get(name)) for name in ("output", "incomplete_details", "inference_status"))
-        found = output.get("choices") or [{**body, **output, **more[0], **more[1]}]
-    choices = [{**choice, **only(dict, choice.get("message"))} for choice in only(list, found) if only(dict, choice)]
-    ends = {str(next((choice[name] for name in ENDS if choice.get(name)), "")).lower() for choice in choices}
+    if plain and all(plain):
+        return ""  # subtle: the rest decides the same, slower
+    if whole.get("error") or not (found or (found == [] and answer in ("content", "output"))):
+        blocked = only(dict, whole.get("promptFeedback")).get("blockReason")
+        return "content_filter" if blocked else None if any(error_words(body)) else "bad_reply"
+    for name in ("output", "incomplete_details", "inference_status"):
+        whole |= only(dict, whole.get(name))
+    found = only(list, whole.get("choices") or whole.get("candidates") or [whole])
+    choices = [{**choice, **only(dict, choice.get("message"))} for choice in found if only(dict, choice)]
+    ends = {str(choice.get(name)).lower() for choice in choices for name in ENDS}
     if not choices or ends & UNFINISHED:
-        return BUSY if choices else NO_ANSWER
-    texts = [choice[name] for choice in choices for name in ("content", "text", "output") if choice.get(name)]
+        return "server_error" if choices else "bad_reply"
+    texts = [choice.get(name) for choice in choices for name in ("content", "text", "output")]
     empty = not any(text.get("parts") if isinstance(text, dict) else text for text in texts)
-    return FILTERED if empty and ends <= BLOCKED else ANSWERED
+    return "content_filter" if empty and ends & BLOCKED else ""
 
 
 def error_words(body: Any, text: str = "") -> tuple[str, str, str]:
-    """Code, type and message of an error body: nested, flat, in a list, FastAPI's detail, a string, HTML."""
+    """Code, type and message of an error body: nested, flat, in a list, FastAPI's detail, a string, plain text."""
     body = body[0] if isinstance(body, list) and body else body
     error = only(dict, only(dict, body).get("error")) or only(dict, body)
-    title = re.search("<title>(.*?)</title>", text, re.IGNORECASE | re.DOTALL)
-    message = one_line(error or body) or one_line(unescape(title[1]) if title else text)
-    return one_line(error.get("code")), one_line(error.get("type") or error.get("status")), message
+    said = " ".join(one_line(error[name]) for name in ERROR_KEYS if error.get(name)) or only(str, body) or text
+    return one_line(error.get("code")), one_line(error.get("type") or error.get("status")), one_line(said)
 
 
-def one_line(value: Any, depth: int = 6) -> str:
-    """A bounded line of the words in a value: a text, a small number, or what an error of any form has to say."""
-    if isinstance(value, dict):
-        names = (name for name in ERROR_KEYS if value.get(name))
-        value = [["retry in", value[name]] if name == "retryDelay" else value[name] for name in names]
-    if isinstance(value, list):
-        value = " ".join(filter(None, (one_line(item, depth - 1) for item in value[:10] if depth)))
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < MOST:
-        return str(value)
-    return " ".join(only(str, value)[: 4 * WORDS_KEPT].split())[:WORDS_KEPT]
+def one_line(value: Any) -> str:
+    """What a value says, on one bounded line: a text itself, all else as JSON."""
+    text = value if isinstance(value, str) else dumps(value).decode() if value else ""
+    return " ".join(text[: 4 * WORDS_KEPT].split())[:WORDS_KEPT]
 
 
 def only(kind: type[T], value: Any) -> T:
@@ -1471,51 +1371,35 @@ def only(kind: type[T], value: Any) -> T:
 
 def read_limits(reply: Reply, provider: Provider, utc_now: float) -> ServerLimits | None:
     """What a reply tells about limits and, if it is an error, how long to wait; None if nothing."""
-    refused = reply.status >= 400 or (isinstance(reply.body, dict) and bool(reply.body.get("error")))
+    refused = reply.status >= 400 or bool(only(dict, reply.body).get("error"))
     if not refused and "limit" not in " ".join(reply.headers).lower():
         return None
     headers = {name.lower(): text for name, text in reply.headers.items()}
-    buckets: dict[str, dict[str, float]] = {}
-    for name, text in headers.items():
-        if "limit" in name and (match := LIMIT_NAME.fullmatch(name)):
-            whose, before, figure, after, window = match.groups()
-            what = before or after or ("requests" if whose in ("ratelimit", "rate-limit") else "tokens")
-            window = window or provider.windows.get(what, "minute")
-            value = seconds_in(text, utc_now) if figure == "reset" else number_in(text)
-            if value is not None and (value or figure != "limit"):  # a limit by the day or month is no pace
-                bucket = buckets.setdefault(what if window in ("minute", "second") else f"{what} by the {window}", {})
-                bucket[figure] = value * 60 if figure == "limit" and window == "second" else value
-    waits: list[float | None] = []
+    figures: dict[tuple[str, str], float] = {}
+    for name in filter(LIMIT_HEADERS.get, headers):
+        what, figure = LIMIT_HEADERS[name]
+        text, windows = headers[name], provider.windows.get(what, 1)
+        value = seconds_in(text, utc_now) if figure == "reset" else float(text) if NUMBER.fullmatch(text) else None
+        if windows and value is not None and (value or figure != "limit"):
+            figures[what, figure] = value * windows if figure == "limit" else value
+    wait = None
     if refused:
-        told = TRY_AGAIN.search(error_words(reply.body, reply.text)[2])
-        texts = (f"{headers.get('retry-after-ms')}ms", headers.get("retry-after", ""), told[1] if told else "")
-        resets = (bucket.get("reset", 0.0) for bucket in buckets.values() if bucket.get("remaining") == 0)
-        waits = [*(seconds_in(text, utc_now) for text in texts), max(resets, default=0.0) or None]
-    wait = next((wait for wait in waits if wait is not None), None)
-    half, rest = (buckets.get(name, {}) for name in ("input-tokens", "output-tokens"))  # Anthropic
-    both = {k: max(half[k], rest[k]) if k == "reset" else half[k] + rest[k] for k in half.keys() & rest}
-    tokens = buckets.get("tokens") or buckets.get("project-tokens") or both
-    requests = buckets.get("requests") or buckets.get("req", {})
-    figures = [bucket.get(figure) for bucket in (requests, tokens) for figure in ("limit", "remaining", "reset")]
-    return ServerLimits(wait, *figures) if any(figure is not None for figure in (wait, *figures)) else None
-
-
-def number_in(text: str) -> float | None:
-    """A count from a header; None if it is no sane number."""
-    try:
-        return number if 0 <= (number := float(text)) <= MOST else None
-    except ValueError:
-        return None
+        hint = TRY_AGAIN.search(error_words(reply.body, reply.text)[2])
+        texts = (f"{headers.get('retry-after-ms')}ms", headers.get("retry-after", ""), hint[1] if hint else "")
+        resets = [figures.get((what, "reset")) for what in LIMIT_NAMES if figures.get((what, "remaining")) == 0]
+        waits = [*(seconds_in(text, utc_now) for text in texts), *resets]
+        wait = next((seconds for seconds in waits if seconds is not None), None)
+    limits = (figures.get((what, figure)) for what in LIMIT_NAMES for figure in ("limit", "remaining", "reset"))
+    return ServerLimits(wait, *limits) if figures or wait is not None else None
 
 
 def seconds_in(text: str, utc_now: float) -> float | None:
     """Seconds from now of "1.5", "6m0s", "350ms", an epoch time or a date; bounded, None if it is past."""
     try:
-        if (seconds := number_in(text)) is not None:
+        if text and not DURATION.sub("", text):
+            seconds = sum(float(number) * SECONDS_IN[unit.lower()] for number, unit in DURATION.findall(text))
             seconds = seconds / 1000 if seconds > EPOCH * 100 else seconds
             seconds -= utc_now if seconds > EPOCH else 0
-        elif text and not DURATION.sub("", text):
-            seconds = sum(float(number) * SECONDS_IN[unit.lower()] for number, unit in DURATION.findall(text))
         else:
             date = datetime.fromisoformat(text) if text[:1].isdigit() else parsedate_to_datetime(text)
             seconds = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - utc_now
@@ -1528,14 +1412,11 @@ def read_usage(body: Any, shape: str) -> Usage | None:
     """Tokens that a reply says it used, in any family's words; None if it does not say."""
     row = SHAPES[shape]
     usage = only(dict, only(dict, body).get(row.usage))
-
-    def total(names: Iterable[str], counts: dict[str, Any] = usage) -> int:
-        return sum([n for name in names if type(n := counts.get(name)) is int and 0 < n < MOST])
-
-    output = total(row.output)
-    prompt = total(row.prompt) or max(0, total(("total_tokens",)) - output)
     details = only(dict, usage.get("prompt_tokens_details") or usage.get("input_tokens_details"))
-    cached = total(("cached_tokens",), details) or total(CACHED)
+    counts = {name: n for name, n in (details | usage).items() if type(n) is int and 0 < n < EPOCH}
+    prompt, output = (sum([counts.get(name, 0) for name in names.split()]) for names in (row.prompt, row.output))
+    prompt = prompt or max(0, counts.get("total_tokens", 0) - output)
+    cached = max([counts.get(name, 0) for name in CACHED])
     return Usage(prompt, output, min(cached, prompt)) if prompt or output else None
 
 
@@ -1545,13 +1426,6 @@ def retry_delay(attempt: int, rng: random.Random) -> float:
 
 
 # ==== 6 record: one line, written whole, once =========================================================================
-
-
-MAX_NESTING = 500  # levels: what can be read can be written, whatever the Python version and with or without orjson
-IDENTITY_BYTES, BUCKETS, BLOCK = 12, 4096, 1 << 20
-DIGITS = bytes.maketrans(b"123456789[:- \t\r\n", b"000000000,,,,,,,")
-LONG_INTEGER = b"," + b"0" * 19  # after DIGITS: may be beyond 64 bits, which orjson makes a float
-PRIVATE = partial(os.open, mode=0o600)  # opener of files that only their owner can read
 
 
 class ResultsLost(Exception):  # noqa: N818 - it is no error of this program
@@ -1566,34 +1440,40 @@ def finite(text: str) -> float:
 
 
 DECODE = json.JSONDecoder(parse_float=finite, parse_constant=finite).decode
+MAX_NESTING = 500  # levels: what can be read can be written, whatever the Python version and with or without orjson
+LEVELS, NO_BRACKETS = {91: 1, 93: -1, 123: 1, 125: -1}, bytes(set(range(256)) - set(b'[]{}"'))
+DIGITS = bytes.maketrans(b"123456789[:- \t\r\n", b"000000000,,,,,,,")
+LONG_INTEGER = b"," + b"0" * 19  # after DIGITS: may be beyond 64 bits, which orjson makes a float
+IDENTITY_BYTES, BUCKETS, BLOCK = 12, 4096, 1 << 20
+STAMP = ".%Y%m%dT%H%M%S.%fZ.jsonl"  # makes a name that is free
+PRIVATE = partial(os.open, mode=0o600)  # opener of files that only their owner can read
 
 
 def loads(data: bytes | str) -> Any:
     """Value of strict JSON: '[1e2, 18446744073709551616]' -> [100.0, 18446744073709551616]. ValueError for all else."""
-    data, value = data.encode(errors="surrogatepass") if isinstance(data, str) else data, None
-    if orjson is not None and LONG_INTEGER not in (b"," + data).translate(DIGITS):
-        with contextlib.suppress(ValueError):  # a lone surrogate, or an error that the standard library words better
-            value = orjson.loads(data)
+    data = data.encode(errors="surrogatepass") if isinstance(data, str) else data
+    if data.count(b"[") + data.count(b"{") > MAX_NESTING:
+        marks = data.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, NO_BRACKETS).replace(b'""', b"")
+        if max(accumulate(LEVELS[mark] for mark in b"".join(marks.split(b'"')[::2])), default=0) > MAX_NESTING:
+            raise ValueError("nested too deep")
     try:
-        level = [value := DECODE(data.decode()) if value is None else value]
+        if orjson is not None and LONG_INTEGER not in (b"," + data).translate(DIGITS):
+            return orjson.loads(data)
+    except ValueError:
+        pass  # a lone surrogate, or an error that the standard library words better
+    try:
+        return DECODE(data.decode())
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.msg} (character {error.pos + 1})") from None
-    except RecursionError:
-        raise ValueError("nested too deep") from None
-    if data.count(b"[") + data.count(b"{") > MAX_NESTING:
-        for _ in range(MAX_NESTING):
-            level = [node for node in level if isinstance(node, dict | list)]
-            level = list(chain.from_iterable(node.values() if isinstance(node, dict) else node for node in level))
-        if any(isinstance(node, dict | list) for node in level):
-            raise ValueError("nested too deep")
-    return value
 
 
 def dumps(value: Any, *, sort_keys: bool = False) -> bytes:
     """One line of JSON in UTF-8, a lone surrogate as its escape; whatever loads gave can be written."""
-    if orjson is not None:
-        with contextlib.suppress(TypeError):  # integers beyond 64 bits, lone surrogates, deep nesting
+    try:
+        if orjson is not None:
             return orjson.dumps(value, option=orjson.OPT_SORT_KEYS if sort_keys else None)
+    except TypeError:
+        pass  # integers beyond 64 bits, lone surrogates, deep nesting
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=sort_keys, separators=(",", ":"))
     return text.encode(errors="backslashreplace")  # subtle: Python's escape of a surrogate is also JSON's
 
@@ -1607,48 +1487,37 @@ def read_result(line: bytes) -> tuple[bytes, bool] | None:
     """Identity and success of a result line, also of the cookbook script's; None if it is none."""
     with contextlib.suppress(ValueError):
         match loads(line):
-            case [dict() | str() as body, outcome, *rest] if len(rest) <= 2:
-                if isinstance(body, dict) or isinstance(outcome, list):
-                    return identity(body, rest[0] if rest else None), not isinstance(outcome, list)
+            case [dict() as body, outcome, *rest] | [str() as body, list() as outcome, *rest] if len(rest) <= 2:
+                return identity(body, rest[0] if rest else None), not isinstance(outcome, list)
     return None
 
 
-def beside(path: Path, what: str) -> Path:
-    """A free name: 'results.jsonl' -> 'results.20261121T034500Z.jsonl'."""
-    stem = f"{path.name.removesuffix('.jsonl')}{what}.{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-    names = (path.with_name(f"{stem}{f'.{n}' if n else ''}.jsonl") for n in count())
-    return next(name for name in names if not name.exists())
-
-
 @contextlib.contextmanager
-def explained(kind: type[Exception], problem: str, advice: str) -> Iterator[None]:
+def explained(kind: type[Exception], problem: str) -> Iterator[None]:
     """Turn an error of the file system into one that tells what to do."""
     try:
         yield
     except OSError as error:
+        advice = "Make room or choose another --save_filepath, then start again with the same files."
         raise kind(f"{problem} ({error.strerror}). {advice}") from None
 
 
-def guard(path: Path, requests: Path) -> None:
-    """UsageError for a results file that must not be touched."""
-    problem = ""
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        problem = f"its folder is missing (then: mkdir -p '{path.parent}') or not writable"
-    elif path.exists() and not path.is_file():
-        problem = "it is no regular file"
-    elif path.exists() and requests.exists() and path.samefile(requests):
-        problem = "it is the request file too"
-    elif path.exists():
-        with path.open("r+b", BLOCK) as file:
-            first = next((line for line in file if not line.isspace()), b"[")
-        torn = first == b"[" or (not first.endswith(b"\n") and first.startswith((b"[{", b'["')))
-        with contextlib.suppress(ValueError):
-            loads(first)
-            torn = False  # it is complete
-        if not torn and read_result(first) is None:
-            problem = f"its first line is no result line, it begins {first[:60].decode(errors='replace')!r}"
-    if problem:
+def guard(path: Path, requests: Path) -> bool:
+    """UsageError for a results file that must not be touched. Gives whether there is nothing in it but a torn line."""
+    folder = path.parent
+    with path.open("r+b", BLOCK) if path.is_file() else BytesIO() as file:
+        first = next((line for line in file if not line.isspace()), b"")
+    alien = first > b"" and read_result(first) is None
+    torn = alien and re.fullmatch(rb'\[(["{].*)?', first) is not None
+    problems = {
+        f"its folder is missing or not writable (mkdir -p '{folder}')": not os.access(folder, os.W_OK | os.X_OK),
+        "it is no regular file": path.exists() and not path.is_file(),
+        "it is the request file too": path.is_file() and requests.exists() and path.samefile(requests),
+        f"its first line is no result line: {str(first[:60])[2:-1]}": alien and not torn,
+    }
+    for problem in (text for text, holds in problems.items() if holds):
         raise UsageError(f"Results file {path}: {problem}. Nothing was touched; or choose another --save_filepath.")
+    return torn
 
 
 @contextlib.contextmanager
@@ -1666,82 +1535,70 @@ def locked(path: Path) -> Iterator[str]:
                 import fcntl
 
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            holder = (
-                f"Process {path.read_text().strip() or '(just starting)'} is writing these results (it holds {path})"
-            )
-            raise UsageError(f"{holder}. Wait until it ends, or choose another --save_filepath.") from None
+            if not os.path.samefile(path, file.fileno()):  # noqa: PTH121 - Path.samefile takes no descriptor
+                raise BlockingIOError  # noqa: TRY301 - its holder has just removed it
+        except (BlockingIOError, FileNotFoundError, PermissionError):
+            file.seek(0)
+            busy = f"Process {file.read().strip() or '(starting)'} is writing these results (it holds {path})"
+            raise UsageError(f"{busy}. Wait until it ends, or choose another --save_filepath.") from None
         except OSError as error:
             notice = f"No locks on this file system ({error.strerror}): start no second process for these results."
-        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-            path.write_text(f"{os.getpid()}\n")
-            try:
-                yield notice
-            finally:
-                with contextlib.suppress(OSError):  # removed while it is held: never a newer one
-                    path.unlink()
-            return
-    with locked(path) as notice:  # its former holder has just removed it
-        yield notice
+        path.write_text(f"{os.getpid()}\n")
+        try:
+            yield notice
+        finally:
+            with contextlib.suppress(OSError):  # removed while it is held: never a newer one
+                path.unlink()
 
 
 class ResultsFile:
-    """The results file, which is the checkpoint too: it loses nothing and has nothing twice.
-
-    finished_before, failed_before, unreadable: lines that it had. foreign: finished, but not asked for; after finish.
-    """
+    """The results file, which is the checkpoint too. Opening guards, locks, reads and repairs it, or UsageError."""
 
     def __init__(self, path: str, requests_path: str = "", *, restart: bool = False) -> None:
-        """Guard, lock, read and repair the file; UsageError if that cannot be."""
         self.path = Path(os.path.realpath(path))
-        self.finished_before = self.failed_before = self.unreadable = self.foreign = self._old_lines = 0
+        self.finished_before = self.failed_before = self.unreadable = 0  # lines that it had
+        self.foreign = 0  # finished requests that were not asked for, known after finish
         self._finished = [bytearray() for _ in range(BUCKETS)]  # identities end to end: a fifth of the size of a set
         self._failed: set[bytes] = set()
         self._queue = bytearray()
-        problem, advice = f"The results file {path} cannot be used", "Choose another --save_filepath."
-        with explained(UsageError, problem, advice), contextlib.ExitStack() as stack:
-            guard(self.path, Path("/dev/stdin" if requests_path == "-" else requests_path))
+        with explained(UsageError, f"The results file {path} cannot be used"), contextlib.ExitStack() as stack:
+            torn = guard(self.path, Path("/dev/stdin" if requests_path == "-" else requests_path))
             self.notices = list(filter(None, [stack.enter_context(locked(Path(f"{self.path}.lock")))]))
-            if restart and self.path.exists():
-                self.notices.append(f"The former results are kept as {self.path.rename(beside(self.path, ''))}.")
+            if self.path.exists() and (restart or torn):
+                former = self.path.rename(self.path.with_suffix(f"{datetime.now(UTC):{STAMP}}"))
+                self.notices.append(f"The former results are kept as {former}.")
             self._file = stack.enter_context(open(self.path, "a+b", buffering=0, opener=PRIVATE))
-            self._size = self._read()
+            self._size = self._old_size = self._read()
             with contextlib.suppress(OSError):
                 self.path.chmod(0o600)
                 Path(f"{self.path}.rewrite").unlink()
             self._held = stack.pop_all()
         self.close = self._held.close
 
-    def _read(self) -> int:
-        """Read the old results and repair a torn end; gives the size."""
-        size, line = 0, b"\n"
+    def _lines(self, left: int) -> Iterator[tuple[bytes, tuple[bytes, bool] | None]]:
         self._file.seek(0)
         with open(self._file.fileno(), "rb", BLOCK, closefd=False) as file:
-            for line in file:
-                result = read_result(line)
-                if result is None and not line.endswith(b"\n"):
-                    if size == 0:
-                        self._set_aside([line])
-                    self.notices.append(f"A torn last line was cut off{'' if size else ', it is kept as .unreadable'}.")
-                    self._file.truncate(size)
-                    return size
-                if result is None:
-                    self.unreadable += not line.isspace()
-                elif result[1]:
-                    self.finished_before += 1
-                    self._finished[int.from_bytes(result[0][:2]) % BUCKETS] += result[0]
-                else:
-                    self.failed_before += 1
-                    self._failed.add(result[0])
-                size += len(line)
-                self._old_lines += 1
-        return size if line.endswith(b"\n") else size + self._file.write(b"\n")
+            while line := file.readline(left):
+                left -= len(line)
+                yield line, read_result(line)
 
-    def _set_aside(self, lines: list[bytes]) -> None:
-        with open(Path(f"{self.path}.unreadable"), "ab", opener=PRIVATE) as file:
-            file.writelines(line.rstrip(b"\n") + b"\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
+    def _read(self) -> int:
+        size, line, result = self._file.seek(0, os.SEEK_END), b"\n", None
+        for line, result in self._lines(size):
+            if result is None:
+                self.unreadable += line.endswith(b"\n") and not line.isspace()
+            elif result[1]:
+                self.finished_before += 1
+                self._finished[int.from_bytes(result[0][:2]) % BUCKETS] += result[0]
+            else:
+                self.failed_before += 1
+                self._failed.add(result[0])
+        if line.endswith(b"\n"):
+            return size
+        if result:
+            return size + self._file.write(b"\n")
+        self.notices.append("A torn last line was cut off.")
+        return self._file.truncate(size - len(line))
 
     def take(self, identity: bytes) -> bool:
         """Whether this request is finished already: true once for each of its successful lines."""
@@ -1758,71 +1615,60 @@ class ResultsFile:
 
     def flush(self) -> None:
         """Write the queued lines, each whole or not at all; after ResultsLost the rest is still queued."""
-        if not self._queue:
-            return
-        self.check()
-        data, done = bytes(self._queue), 0
-        advice = "The last results are not recorded: make room, then start again with the same files to continue."
-        with explained(ResultsLost, f"{self.path} cannot be written", advice):
+        with explained(ResultsLost, f"{self.path} cannot be written"):
+            if (end := self._file.seek(0, os.SEEK_END)) < self._size:
+                self.check()  # at once: behind the cut, a line would be glued to half of another
+            self._size, done = end, 0
             try:
-                while done < len(data):
-                    done += self._file.write(data[done:])
+                while done < len(self._queue):
+                    done += self._file.write(self._queue[done:])
             finally:
-                done = data.rfind(b"\n", 0, done) + 1
-                self._size += done
-                del self._queue[:done]
-                if self._queue:
+                whole = self._queue.rfind(b"\n", 0, done) + 1
+                del self._queue[:whole]
+                self._size += whole
+                if whole < done:
                     self._file.truncate(self._size)
 
     def check(self) -> None:
         """ResultsLost if the file is not there as we left it; what is held goes on under a second name."""
-        now, same = os.fstat(self._file.fileno()), False
-        with contextlib.suppress(FileNotFoundError):
-            same = self.path.stat().st_ino == now.st_ino
-        if same and now.st_size >= self._size:
-            self._size = now.st_size
+        same = os.path.exists(self.path) and os.path.samefile(self.path, self._file.fileno())  # noqa: PTH110, PTH121
+        if same and self._file.seek(0, os.SEEK_END) >= self._size:
             return
-        place = self.path if self.path.parent.is_dir() else Path(tempfile.gettempdir(), self.path.name)
-        rescue = beside(place, ".rescued")
+        rescue = self.path.with_suffix(f".rescued{datetime.now(UTC):{STAMP}}")
         problem = f"{self.path} was {'truncated' if same else 'deleted or replaced'} by someone during the run"
-        with explained(ResultsLost, f"{problem}, and {rescue} cannot be written", "Make room and start again."):
-            with open(rescue, "xb", opener=PRIVATE) as copy:
-                copy.write(b"\n" if same else b"")  # subtle: the truncated file may end within a line
-                self._file.seek(0, os.SEEK_END if same else os.SEEK_SET)
-                shutil.copyfileobj(self._file, copy, BLOCK)
-            self._file = self._held.enter_context(rescue.open("a+b", buffering=0))
         advice = f"cat '{rescue}' >> '{self.path}'" if same else f"mv '{rescue}' '{self.path}' (look what is there now)"
-        self.path, self._size, self._old_lines = rescue, rescue.stat().st_size, 0
+        with explained(ResultsLost, f"{problem}, and {rescue} failed"), open(rescue, "xb", opener=PRIVATE) as copy:
+            copy.write(b"\n" if same else b"")  # subtle: the truncated file may end within a line
+            self._file.seek(0, os.SEEK_END if same else os.SEEK_SET)
+            shutil.copyfileobj(self._file, copy, BLOCK)
+        self._file = self._held.enter_context(rescue.open("a+b", buffering=0))
+        self.path, self._size, self._old_size = rescue, rescue.stat().st_size, 0
         raise ResultsLost(f"{problem}; what is still held goes to {rescue}. To continue: {advice}, then start again.")
 
     def finish(self, *, whole: bool, limited: bool = False) -> None:
         """End the run. whole: every request was read and has its line; limited: only those at the head were read."""
-        problem = f"All results are in {self.path}, but old failed lines could not be dropped"
-        with self._held, explained(ResultsLost, problem, "Make room, then start again with the same files."):
+        with self._held, explained(ResultsLost, f"Old failed lines could not be dropped from {self.path}, it is whole"):
             self.flush()
             self.check()
             os.fsync(self._file.fileno())
             if whole and not limited:
+                self._failed.clear()
                 self.foreign = sum(map(len, self._finished)) // IDENTITY_BYTES
-            if whole and self._old_lines > self.finished_before:
-                self._rewrite(self._failed if limited else set())
+            if whole and self.failed_before + self.unreadable:
+                self._rewrite()
 
-    def _rewrite(self, staying: set[bytes]) -> None:
-        """Drop the old failed lines, but those staying, and the unreadable ones: at once or not at all."""
-        unreadable, new = [], Path(f"{self.path}.rewrite")
-        self._file.seek(0)
-        with open(self._file.fileno(), "rb", BLOCK, closefd=False) as old, open(new, "wb", opener=PRIVATE) as target:
-            for line in islice(old, self._old_lines):
-                result = read_result(line)
-                if result is not None and (result[1] or result[0] in staying):
+    def _rewrite(self) -> None:
+        new, aside = Path(f"{self.path}.rewrite"), f"{self.path}.unreadable" if self.unreadable else os.devnull
+        with open(new, "wb", opener=PRIVATE) as target, open(aside, "ab", opener=PRIVATE) as unreadable:
+            for line, result in self._lines(self._old_size):
+                if result is None:
+                    unreadable.write(b"" if line.isspace() else line)
+                elif result[1] or result[0] in self._failed:  # those that this run did not come to
                     target.write(line)
-                elif result is None and not line.isspace():
-                    unreadable.append(line)
-            shutil.copyfileobj(old, target, BLOCK)
+            self._file.seek(self._old_size)
+            shutil.copyfileobj(self._file, target, BLOCK)
             target.flush()
             os.fsync(target.fileno())
-        if unreadable:
-            self._set_aside(unreadable)
         self._file.close()  # for Windows
         new.replace(self.path)
 
@@ -1866,11 +1712,11 @@ class Tally:
         if verdict.action is not Action.DONE:
             self.kinds[verdict.kind] += 1
             self.last_trouble = verdict.message
-        if usage:
-            self.prompt_tokens += usage.prompt
-            self.cached_tokens += usage.cached
-            self.output_tokens += usage.output
-            self.spent += settings.price(usage.prompt, usage.output)
+        prompt, output, cached = usage or (0, 0, 0)
+        self.prompt_tokens += prompt
+        self.output_tokens += output
+        self.cached_tokens += cached
+        self.spent += settings.price(prompt, output)
 
 
 class Reporter:
@@ -1878,74 +1724,57 @@ class Reporter:
 
     def __init__(self, mode: str) -> None:
         self.live: Any = None
-        terminal = sys.stderr is not None and sys.stderr.isatty()
-        if mode == "bar" or (mode == "auto" and terminal):
+        if mode == "bar" or (mode == "auto" and sys.stderr is not None and sys.stderr.isatty()):
             with contextlib.suppress(ImportError):  # without rich: lines
-                from rich.console import Console
-                from rich.live import Live
+                from rich import console, live
 
-                self.live = Live(console=Console(stderr=True), auto_refresh=False, vertical_overflow="crop")
+                self.live = live.Live(console=console.Console(stderr=True), auto_refresh=False, transient=True)
                 self.live.start()
-        self.every = PROGRESS["bar" if self.live else "lines" if mode == "auto" else mode.replace("bar", "lines")]
-        self.next_time = -math.inf if self.live else 0.0
-        self.history: deque[tuple[float, int]] = deque(maxlen=60)  # (time, requests done), for the time left
+        self.every = PROGRESS["bar" if self.live else "none" if mode == "none" else "lines"]
+        self.next_time, self.history = 0.0, deque[tuple[float, int]](maxlen=60)  # (time, done), for the time left
 
     def update(self, run: Run, now: float) -> float:
-        """Show the state if it is time; gives the time of the next look."""
-        if now >= self.next_time and self.every < math.inf:
-            self.history.append((now, run.tally.succeeded + run.tally.failed))
-            if self.live:
-                self.live.update(self.picture(run, now), refresh=True)
-            elif self.next_time:
-                LOGGER.info("%s", ", ".join(self.words(run, now)))
-            self.next_time = now + self.every
-        return max(self.next_time, now) if self.every < math.inf else math.inf
-
-    def words(self, run: Run, now: float) -> list[str]:
-        """Say where a run stands, the most important first."""
-        tally, settings, waiting = run.tally, run.settings, len(run.retries) + len(run.limbo)
-        words = [f"{tally.succeeded + tally.finished_before:,} done", f"{tally.failed:,} failed"]
-        words += [f"{len(run.in_flight):,} in flight", f"{waiting:,} to retry"]
-        used = map(sum, zip(*(endpoint.pacer.last_minute() for endpoint in run.endpoints), strict=True))
-        for name, budget, amount in zip(("requests", "tokens"), settings.budgets, used, strict=True):
-            words.append(f"{amount:,.0f}{f' of {budget:,.0f}' if budget else ''} {name}/min")
-        words += [f"spent {tally.spent:,.4f}"] if tally.spent else []
-        (then, done_then), (_, done) = self.history[0], self.history[-1]
+        """Show where the run stands if it is time; gives the time of the next look."""
+        if now < self.next_time:
+            return self.next_time
+        tally, total, done = run.tally, run.reader.expected_total(), run.tally.succeeded + run.tally.failed
+        self.next_time = now + self.every
+        self.history.append((now, done))
+        then, done_then = self.history[0]
+        of = f" of {'' if run.reader.ended else 'about '}{total:,.0f}" if total < math.inf else ""
+        words = [f"{tally.succeeded + tally.finished_before:,}{of} done", f"{tally.failed:,} failed"]
+        words += [f"{len(run.in_flight):,} in flight", f"{len(run.retries) + len(run.limbo):,} to retry"]
         if run.stopped_by and run.in_flight:
-            oldest = next(iter(run.in_flight.values()))[0].started
-            wait = duration(oldest + settings.request_timeout - now)
-            words.insert(0, f"finishing what is in flight, {wait} at most (Ctrl-C again: at once)")
+            oldest, _ = next(iter(run.in_flight.values()))
+            wait = duration(oldest.started + run.settings.request_timeout - now)
+            words.append(f"finishing what is in flight, {wait} at most (Ctrl-C again: at once)")
         elif run.outage.down:
-            words.insert(0, "the provider is down, probing")
-        elif done > done_then:
-            left = (run.reader.expected_total() - tally.finished_before - done) * (now - then) / (done - done_then)
-            words += [f"about {duration(left)} left"] if left < math.inf else []
-        return words
+            words.append("the provider is down, probing")
+        elif done > done_then and total < math.inf:
+            left = (total - tally.finished_before - done) * (now - then) / (done - done_then)
+            words.append(f"about {duration(left)} left")
+        used = map(sum, zip(*(endpoint.pacer.last_minute() for endpoint in run.endpoints), strict=True))
+        for name, budget, amount in zip(("requests", "tokens"), run.settings.budgets, used, strict=True):
+            words.append(f"{amount:,.0f}{f' of {budget:,.0f}' if budget else ''} {name}/min")
+        text = ", ".join(words) + (f", spent {tally.spent:,.4f}" if tally.spent else "")
+        if self.live:
+            from rich import console, progress_bar
 
-    def picture(self, run: Run, now: float) -> Any:
-        """The bar and two lines of numbers, cut to the width of the terminal."""
-        from rich.console import Group
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
-
-        total, done = run.reader.expected_total(), run.tally.finished_before + run.tally.succeeded + run.tally.failed
-        row = Table.grid(padding=(0, 1), expand=True)
-        row.add_column(ratio=1)
-        row.add_column(no_wrap=True)
-        bar = ProgressBar(total=total if total < math.inf else None, completed=done)
-        row.add_row(
-            bar, f"{done:,} of {'' if run.reader.ended else 'about '}{total:,.0f}".removesuffix(" of about inf")
-        )
-        words = self.words(run, now)
-        return Group(row, *(Text(", ".join(w), no_wrap=True, overflow="ellipsis") for w in (words[:4], words[4:])))
+            bar = progress_bar.ProgressBar(total, tally.finished_before + done)
+            try:
+                self.live.update(console.Group(bar, f"\n{text}"), refresh=True)  # a bar ends without a line break
+            except OSError:  # the terminal is gone
+                self.close()
+        elif len(self.history) > 1:
+            LOGGER.info("%s", text)
+        return self.next_time
 
     def close(self) -> None:
         """Leave the terminal as it was."""
         if self.live:
             with contextlib.suppress(OSError):
                 self.live.stop()
-            self.live = None
+        self.live = None
 
 
 def duration(seconds: float) -> str:
@@ -1956,26 +1785,30 @@ def duration(seconds: float) -> str:
 
 
 def summarize(run: Run) -> list[str]:
-    """Say at the end what happened, where the results are and what to do about failures."""
+    """Say at the end what happened, where the results are and what to do next."""
     tally, minutes = run.tally, max(run.tally.seconds / 60, 1.0)
-    tokens = tally.prompt_tokens + tally.output_tokens
-    lines = [f"{tally.succeeded:,} succeeded, {tally.failed:,} failed, {tally.finished_before:,} were finished before."]
-    if tally.calls:
-        lines.append(f"Calls: {tally.calls:,} in {duration(tally.seconds)}, {tally.refused / tally.calls:.1%} refused.")
+    used = tally.calls, tally.prompt_tokens + tally.output_tokens
     kinds = ", ".join(f"{times:,} {kind}" for kind, times in tally.kinds.most_common())
-    lines += [f"Attempts without success: {kinds}."] if kinds else []
-    if tally.answer_lost or tally.never_sent:
-        lines.append(f"Sent, answer lost (perhaps billed): {tally.answer_lost:,}. Never sent: {tally.never_sent:,}.")
     cached = f" ({tally.cached_tokens:,} of them cached)" if tally.cached_tokens else ""
-    lines += [f"Tokens: {tally.prompt_tokens:,} in{cached}, {tally.output_tokens:,} out."] if tokens else []
-    lines += [f"Spent: {tally.spent:,.4f}."] if tally.spent else []
-    for name, budget, used in zip(("requests", "tokens"), run.settings.budgets, (tally.calls, tokens), strict=True):
-        lines += [f"Budget of {budget:,.0f} {name} a minute: {used / minutes / budget:.0%} used."] if budget else []
-    lines += [words for endpoint in run.endpoints if (words := endpoint.pacer.describe())] + run.learned.describe()
-    lines.append(f"Results: {run.results.path}")
-    if tally.failed:
-        lines.append("Failed lines hold their reasons. The same command tries them again; --save_details tells more.")
-    return lines
+    lines: list[Any] = [  # what is false is left out
+        f"{tally.succeeded:,} succeeded, {tally.failed:,} failed, {tally.finished_before:,} were finished before.",
+        tally.calls
+        and f"Calls: {tally.calls:,} in {duration(tally.seconds)}, {tally.refused / tally.calls:.1%} refused.",
+        kinds and f"Attempts without success: {kinds}.",
+        tally.answer_lost and f"Sent, answer lost (perhaps billed): {tally.answer_lost:,}.",
+        tally.never_sent and f"Never sent: {tally.never_sent:,}.",
+        used[1] and f"Tokens: {tally.prompt_tokens:,} in{cached}, {tally.output_tokens:,} out.",
+        tally.spent and f"Spent: {tally.spent:,.4f}.",
+        run.results.foreign and f"Kept: {run.results.foreign:,} results of requests that are not in the file any more.",
+        run.results.unreadable and f"Set aside in {run.results.path}.unreadable: {run.results.unreadable:,} lines.",
+    ]
+    for name, budget, amount in zip(("requests", "tokens"), run.settings.budgets, used, strict=True):
+        lines.append(budget and f"Budget of {budget:,.0f} {name} a minute: {amount / minutes / budget:.0%} used.")
+    lines += [*(endpoint.pacer.describe() for endpoint in run.endpoints), *run.learned.describe()]
+    if not (tally.calls or tally.failed or run.stopped_by):
+        lines.append("Nothing to do, all are finished; --restart starts afresh, another --save_filepath keeps both.")
+    advice = "Failed lines hold their reasons. The same command tries them again; --save_details tells more."
+    return [line for line in (*lines, f"Results: {run.results.path}", tally.failed and advice) if line]
 
 
 class ConsoleHandler(logging.Handler):
@@ -1991,7 +1824,7 @@ def complain(text: str) -> None:
     try:
         print(text, file=sys.stderr, flush=True)
     except (OSError, ValueError):
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - else the flush at exit fails, too
+        sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - else the flush at exit fails, too
 
 
 # ==== command line ====================================================================================================
@@ -2000,103 +1833,105 @@ def complain(text: str) -> None:
 async def process_api_requests_from_file(requests_filepath: str, **settings: Any) -> Tally:
     """Process a request file; the keyword arguments are the flags of the command line.
 
-    Returns the tally, also of a run that stopped early (see its `stop_reason` and `exit_code`). Raises UsageError for
-    wrong settings or files. Installs no signal handlers.
+    Returns the tally, also of a run that stopped early. Raises UsageError. Installs no signal handlers.
     """
-    unknown = sorted(settings.keys() - Settings.__dataclass_fields__.keys())
-    if unknown:
-        raise UsageError(f"unknown setting {unknown[0]!r}; the fields of Settings are what there is")
+    for unknown in settings.keys() - Settings.__dataclass_fields__.keys():
+        raise UsageError(f"unknown setting {unknown!r}; the fields of Settings are what there is")
     return await run_job(Settings(requests_filepath=requests_filepath, **settings))
 
 
 async def run_job(settings: Settings, *, main_program: bool = False) -> Tally:
-    """Check and open everything, run the loop, tidy up. The main program also hears signals."""
+    """Check and open everything, run the loop, tidy up, tell the summary. The main program also hears signals."""
     settings.check()
+    sys.set_int_max_str_digits(0)  # integers of any size come back as they were
     secrets, wake, loop, began = Secrets(), asyncio.Event(), asyncio.get_running_loop(), time.monotonic()
     async with contextlib.AsyncExitStack() as stack:
         LOGGER.addFilter(secrets)
         stack.callback(LOGGER.removeFilter, secrets)
-        endpoint = make_endpoint(settings, secrets)
+        endpoint, path = make_endpoint(settings, secrets), settings.requests_filepath
         tokenizer = Tokenizer(settings.token_encoding_name)
-        reader = open_requests(settings, endpoint, tokenizer, lambda: loop.call_soon_threadsafe(wake.set))
+        try:  # subtle: sys.stdin would be closed at exit, while a thread still reads from it
+            file = open(0 if path == "-" else path, "rb", buffering=1 << 20, closefd=path != "-")  # noqa: SIM115, ASYNC230
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read ({error.strerror}); see --requests_filepath") from None
+        reader = Reader(file, endpoint, tokenizer, settings.limit, lambda: loop.call_soon_threadsafe(wake.set))
         stack.callback(reader.close)
         if settings.dry_run:
             return await dry_run(settings, reader, endpoint)
-        results = ResultsFile(settings.results_path, settings.requests_filepath, restart=settings.restart)
+        refuse_open_batches(settings)
+        results = ResultsFile(settings.results_path, path, restart=settings.restart)
         stack.callback(results.close)
         clock = time.monotonic if "uvloop" in type(loop).__module__ else loop.time  # uvloop's moves by milliseconds
         run = Run(settings, reader, [endpoint], results, Reporter(settings.progress), wake, clock)
         stack.callback(run.reporter.close)
         if main_program:
-            stack.enter_context(signals_noticed(run))
+            hear_signals(run, stack)
         for notice in results.notices:
             LOGGER.warning("%s", notice)
         await endpoint.open(stack, settings.request_timeout)
         try:
             await run.process_requests()
         finally:
-            tasks = [task for _, task in run.in_flight.values()]
-            for task in tasks:
+            for _, task in run.in_flight.values():
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        run.tally.seconds = time.monotonic() - began
-        finish(run)
-        return run.tally
+            await asyncio.gather(*(task for _, task in run.in_flight.values()), return_exceptions=True)
+        try:
+            results.finish(whole=not run.stopped_by, limited=settings.limit > 0)
+        except ResultsLost as lost:
+            run.stop("results", str(lost))
+        tally = run.tally
+        tally.seconds = time.monotonic() - began
+        tally.exit_code = 128 + run.signal if run.signal else 3 if run.stopped_by else 1 if tally.failed else 0
+        run.reporter.close()
+        for line in summarize(run):
+            LOGGER.info("%s", line)
+        return tally
 
 
-def finish(run: Run) -> None:
-    """Tidy the results file if the run came to its end, settle the exit code, tell the summary."""
-    tally = run.tally
-    try:
-        run.results.finish(whole=not run.stopped_by, limited=run.settings.limit > 0)
-    except ResultsLost as lost:
-        run.stop("results", str(lost))
-    tally.exit_code = 128 + run.signal if run.signal else 3 if run.stopped_by else 1 if tally.failed else 0
-    run.reporter.close()
-    if not (tally.calls or run.stopped_by or tally.failed):
-        again = "--restart starts afresh, another --save_filepath keeps both"
-        LOGGER.info("Nothing to do, all %s requests have their results; %s.", f"{tally.read:,}", again)
-    for line in summarize(run):
-        LOGGER.info("%s", line)
+def refuse_open_batches(settings: Settings) -> None:
+    """Refuse results whose requests are with a provider's Batch API, as workflows.provider_batch notes it."""
+    ledger, jobs = f"{os.path.realpath(settings.results_path)}.batch.json", []
+    if os.path.isfile(ledger) and not settings.ignore_batch:
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError), open(ledger, "rb") as file:
+            jobs = [str(job.get("id") or job.get("name")) for job in loads(file.read())["jobs"] if job.get("open")]
+    if jobs:
+        told = f"batch jobs are open for these results: {', '.join(jobs[:3])}"
+        raise UsageError(f"{told}. `python -m workflows.provider_batch run` collects them; --ignore_batch overrides")
 
 
-@contextlib.contextmanager
-def signals_noticed(run: Run) -> Iterator[None]:
+def hear_signals(run: Run, stack: contextlib.AsyncExitStack) -> None:
     """Let a first signal stop the run gently and a second one at once; what nohup ignores stays ignored."""
     loop = asyncio.get_running_loop()
 
-    def notice(number: int) -> None:
+    def notice(number: int, _: object) -> None:
         run.signal, run.force = run.signal or number, bool(run.signal)
-        run.wake.set()
+        loop.call_soon_threadsafe(run.wake.set)
 
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number in [number for number in numbers if before[number] != signal.SIG_IGN]:
-        signal.signal(number, lambda number, _: loop.call_soon_threadsafe(notice, number))
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if (number := getattr(signal, name, None)) and (before := signal.getsignal(number)) != signal.SIG_IGN:
+            signal.signal(number, notice)
+            stack.callback(signal.signal, number, before)
 
 
 def make_endpoint(settings: Settings, secrets: Secrets) -> Endpoint:
     """Find the provider, its key and its rules; refuse what cannot work or is not safe."""
-    parts = urlsplit(settings.request_url.strip())
-    host = parts.hostname or ""
-    if parts.scheme not in ("http", "https") or not host:
+    host = None
+    with contextlib.suppress(ValueError):  # a port or an address in brackets that is none
+        parts = urlsplit(settings.request_url.strip())
+        host = parts.hostname if parts.scheme in ("http", "https") and parts.port != 0 else None
+    if not host:
         raise UsageError("--request_url is no http(s) address such as https://api.openai.com/v1/chat/completions")
     if parts.path in ("", "/") or parts.path.rstrip("/").endswith("/v1"):
         parts = parts._replace(path=parts.path.rstrip("/") + "/chat/completions")
         LOGGER.warning("--request_url names no endpoint: sending to %s", parts.path)
-    url = urlunsplit(parts)
+    url, private = urlunsplit(parts), is_private(host)
     provider = find_provider(url, settings.provider)
     names = [settings.api_key_env] if settings.api_key_env else provider.key_env
-    keys = {"--api_key": settings.api_key.strip()} | {name: os.environ.get(name, "").strip() for name in names}
-    source, key = next(((source, key) for source, key in keys.items() if key), ("", ""))
-    if not key and not is_private(host) and not settings.dry_run:
+    keys = {"--api_key": settings.api_key} | {name: os.environ.get(name, "") for name in names}
+    source, key = next(((source, key.strip()) for source, key in keys.items() if key.strip()), ("", ""))
+    if not (key or private or settings.dry_run):
         raise UsageError(f"no key for {host}: export {' or '.join(names)}, or name another variable with --api_key_env")
-    if key and parts.scheme == "http" and not is_private(host) and not settings.allow_plain_http:
+    if key and parts.scheme == "http" and not (private or settings.allow_plain_http):
         raise UsageError(f"http would show the key to everybody on the way to {host}: use https, or --allow_plain_http")
     if not (key.isascii() and key.isprintable()):
         raise UsageError(f"the key from {source} holds characters that no key has, a line break perhaps: copy it again")
@@ -2107,13 +1942,13 @@ def make_endpoint(settings: Settings, secrets: Secrets) -> Endpoint:
     headers = {"Content-Type": "application/json", "User-Agent": f"api_request_parallel_processor/{__version__}"}
     headers |= provider.auth_headers(key)
     for line in settings.request_header:
-        name, colon, value = (part.strip() for part in line.partition(":"))
-        if not colon or not name:
-            raise UsageError("--request_header has no colon; write 'Name: value'")
-        headers[name] = value
-        secrets.add(
-            value.removeprefix("Bearer ") if re.search("auth|key|token|secret|cookie", name, re.IGNORECASE) else ""
-        )
+        header = re.fullmatch(r"([\w!#$%&'*+.^`|~-]+) *: *([ -~\t]*)", line.strip(), re.ASCII)
+        if not header:
+            raise UsageError("--request_header is no header; write 'Name: value', in ASCII")
+        name, value = header.groups()
+        headers = {known: old for known, old in headers.items() if known.lower() != name.lower()} | {name: value}
+        if re.search("auth|key|token|secret|cookie", name, re.IGNORECASE):
+            secrets.add(value.removeprefix("Bearer "))
     wanted = settings.max_concurrent_requests or MOST_CONCURRENT
     allowed = open_files_for(wanted)
     if allowed < min(wanted, MOST_CONCURRENT // 2):
@@ -2133,92 +1968,73 @@ def is_private(host: str, *, loopback_only: bool = False) -> bool:
     return address.is_loopback or (address.is_private and not loopback_only)
 
 
-def open_requests(settings: Settings, endpoint: Endpoint, tokens: Tokenizer, wake: Callable[[], object]) -> Reader:
-    """Open the request file, or standard input."""
-    path = settings.requests_filepath
-    try:
-        file = sys.stdin.buffer if path == "-" else open(path, "rb", buffering=1 << 20)
-    except OSError as error:
-        raise UsageError(
-            f"the request file {path} cannot be read ({error.strerror}); see --requests_filepath"
-        ) from None
-    return Reader(file, endpoint, tokens, settings.limit, wake)
-
-
 async def dry_run(settings: Settings, reader: Reader, endpoint: Endpoint) -> Tally:
     """Read and count everything, print what a run would mean. Nothing is sent, locked or written."""
     tally, learned = Tally(), LearnedTokens()
     while not reader.ended:
-        if (request := reader.next(time.monotonic())) is None:
+        request = reader.next(time.monotonic())
+        if request is None:
             await asyncio.sleep(0.01)
-            continue
-        tally.read += 1
-        if request.problem:
+        elif request.problem:
             tally.failed = tally.bad_lines = tally.bad_lines + 1
             print(request.problem)
-            continue
-        cost = learned.cost(request.model, reader.estimate(request))
-        tally.prompt_tokens += cost.prompt
-        tally.output_tokens += cost.expected - cost.prompt
-    good, tokens = tally.read - tally.bad_lines, tally.prompt_tokens + tally.output_tokens
-    wanted = zip((good, tokens), settings.budgets, strict=True)
-    minutes = max(amount / budget if budget else 0.0 for amount, budget in wanted)
-    print(f"{good:,} requests can be sent, {tally.bad_lines:,} lines cannot.")
+        else:
+            cost = learned.cost(request.model, reader.estimate(request))
+            tally.read, tally.prompt_tokens = tally.read + 1, tally.prompt_tokens + cost.prompt
+            tally.output_tokens += cost.expected - cost.prompt
+    amounts = tally.read, tally.prompt_tokens + tally.output_tokens
+    minutes = max(amount / (budget or math.inf) for amount, budget in zip(amounts, settings.budgets, strict=True))
+    price = settings.price(tally.prompt_tokens, tally.output_tokens)
+    costs = f" Expected cost: {price:,.4f}." if price else ""
+    takes = f"The limits given take {duration(minutes * 60)} for that"
+    takes = takes if any(settings.budgets) else "No limits given: a run finds out"
+    print(f"{tally.read:,} requests can be sent, {tally.bad_lines:,} lines cannot.")
     print(f"About {tally.prompt_tokens:,} tokens in and {tally.output_tokens:,} out (a guess until replies tell).")
-    print(
-        f"The limits given take {duration(minutes * 60)} for that." if minutes else "No limits given: a run finds out."
-    )
-    print(f"{endpoint.provider.name} limits {endpoint.provider.limits}.")
-    if cost_of_all := settings.price(tally.prompt_tokens, tally.output_tokens):
-        print(f"Expected cost: {cost_of_all:,.4f}.")
-    tally.exit_code = 1 if tally.bad_lines else 0
+    print(f"{takes}; {endpoint.provider.name} limits {endpoint.provider.limits}.{costs}")
+    tally.read, tally.exit_code = tally.read + tally.bad_lines, int(tally.bad_lines > 0)
     return tally
 
 
 def build_parser() -> argparse.ArgumentParser:
     """One flag per field of Settings, in groups named after the stations."""
     summary, _, rest = (__doc__ or "").partition("\n\n")
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s --requests_filepath FILE [flags]",
-        description=summary,
-        epilog=rest,
-        formatter_class=layout,
-        allow_abbrev=False,
-    )
+    usage, layout = "%(prog)s --requests_filepath FILE [flags]", argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(None, usage, summary, rest, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=__version__)
     groups = {name: parser.add_argument_group(name) for name in STATIONS}
     for knob in fields(Settings):
-        more: dict[str, Any] = {"help": knob.metadata["help"]}
-        kind: type = str if knob.default is MISSING else type(knob.default)
-        if kind is bool:
-            more["action"] = "store_true"
-        elif kind is tuple:
-            more |= {"action": "append", "metavar": "TEXT", "default": []}
-        else:
-            choices = choices_of(knob.metadata["choices"])
-            more |= {"type": kind, "required": knob.default is MISSING, "choices": choices or None}
-            more["metavar"] = None if choices else kind.__name__.upper()
-        if kind in (int, float) or (kind is str and knob.default not in ("", MISSING)):
-            more |= {"default": knob.default, "help": f"{more['help']} (default: {knob.default})".replace(".0)", ")")}
-        groups[knob.metadata["station"]].add_argument(f"--{knob.name}", **more)
+        default, choices, text = knob.default, knob.metadata["choices"](), knob.metadata["help"]
+        name = None if choices else type(default).__name__.upper()
+        more: dict[str, Any] = {"type": type(default), "default": default, "choices": choices or None, "metavar": name}
+        if default is MISSING:
+            more = {"required": True, "metavar": "STR"}
+        elif isinstance(default, bool):
+            more = {"action": "store_true"}
+        elif isinstance(default, tuple):
+            more = {"action": "append", "default": [], "metavar": "TEXT"}
+        if "type" in more and default != "":
+            text += f" (default: {default})".replace(".0)", ")")
+        groups[knob.metadata["station"]].add_argument(f"--{knob.name}", help=text, **more)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; gives its exit code."""
-    words = [word.partition("=") for word in (sys.argv[1:] if argv is None else argv)]
-    flags = [
-        (name.replace("-", "_").replace("__", "--", 1) if name[:2] == "--" else name) + "".join(rest)
-        for name, *rest in words
-    ]
-    given = {name: value for name, value in vars(build_parser().parse_args(flags)).items() if value is not None}
-    settings = Settings(**{**given, "request_header": tuple(given["request_header"])})
-    handler = ConsoleHandler()
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # one that is closed would be given to a socket
+        pass
+    os.close(descriptor)
+    gc.set_threshold(
+        100_000, 20, 100
+    )  # a request in flight is made of hundreds of objects: look less often for garbage
+    words = sys.argv[1:] if argv is None else argv
+    flags = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in words]
+    given = vars(build_parser().parse_args(flags))
+    settings, handler = Settings(**given | {"request_header": tuple(given["request_header"])}), ConsoleHandler()
     LOGGER.addHandler(handler)
     try:
         settings.check()
-        LOGGER.setLevel(int(level) if (level := settings.logging_level.upper()).isdecimal() else level)
+        level = settings.logging_level.upper()
+        LOGGER.setLevel(max(1, int(level)) if level.isdecimal() else level)  # 0 would stand for that of the root logger
         with asyncio.Runner(loop_factory=getattr(uvloop, "new_event_loop", None)) as runner:
             tally = runner.run(run_job(settings, main_program=True))
     except UsageError as error:
@@ -2235,75 +2051,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 # ==== tables: shapes of requests and replies, providers ===============================================================
 
+BEARER = "Authorization: Bearer "
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+
+class Shape(NamedTuple):
     """What a family of endpoints takes and gives."""
 
     paths: str  # patterns of the paths that speak it
     needs: str  # fields of a request, one of which it must have
-    takes: str  # what that field must be
     answer: str  # the field that makes a reply an answer
+    takes: Any = (str, list, dict)  # what the needed field may be; a list alone is one of objects
     usage: str = "usage"  # the field of a reply with its tokens
-    prompt: tuple[str, ...] = ("prompt_tokens",)  # fields of that, to be added up
-    output: tuple[str, ...] = ("completion_tokens",)
+    prompt: str = "prompt_tokens"  # fields of that, to be added up
+    output: str = "completion_tokens"
 
 
-OBJECTS, OBJECT, ANYTHING = "a list of objects", "an object", "a text, a list or an object"
-IN_OUT = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"), ("output_tokens",)
-IN_OUT_GOOGLE = ("promptTokenCount", "toolUsePromptTokenCount"), ("candidatesTokenCount", "thoughtsTokenCount")
-SHAPES = {
-    "chat": Shape("*/chat/completions */gpt", "messages", OBJECTS, "choices"),
-    "completions": Shape("*/completions", "prompt", ANYTHING, "choices"),
-    "embeddings": Shape("*/embeddings", "input", ANYTHING, "data"),
-    "responses": Shape("*/responses", "input prompt", ANYTHING, "output", "usage", *IN_OUT),
-    "moderations": Shape("*/moderations", "input", ANYTHING, "results"),
-    "anthropic": Shape("*/messages *:rawPredict */claude", "messages", OBJECTS, "content", "usage", *IN_OUT),
-    "gemini": Shape("*:generateContent", "contents", OBJECTS, "candidates", "usageMetadata", *IN_OUT_GOOGLE),
-    "dashscope": Shape("*/api/v1/services/*", "input", OBJECT, "output", "usage", *IN_OUT),
-    "deepinfra": Shape(
-        "*/v1/inference/*",
-        "input inputs prompt",
-        ANYTHING,
-        "inference_status",
-        "inference_status",
-        ("tokens_input",),
-        ("tokens_generated",),
-    ),
-}
-BEARER = "Authorization: Bearer "
-KEY_STARTS = {
-    "sk-ant-": "anthropic",
-    "sk-or-": "openrouter",
-    "gsk_": "groq",
-    "AIza": "gemini",
-    "[a-f0-9]{32}[.]": "zhipu",
-}
-OPENAI_CODES = {
-    "insufficient_quota credit_balance_exhausted *spend_limit_exceeded *usage_limit_exceeded billing*": NO_MONEY,
-    "slow_down": THROTTLED,
-}
-GOOGLE_TEXTS = {"PerDay|credits are depleted": NO_MONEY, "API_KEY_INVALID|API key not valid": BAD_KEY}
-
-
-@dataclass(frozen=True, slots=True)
-class Provider:
+class Provider(NamedTuple):
     """How the URL tells a provider, its keys, what its limits count, its own error codes."""
 
     name: str
-    urls: str = ""  # patterns of hosts, or of host and path
-    key_env: tuple[str, ...] = ()  # environment variables with the key; the first that is set counts
+    urls: str  # patterns of hosts, or of host and path
+    key_env: tuple[str, ...]  # environment variables with the key; the first that is set counts
     limits: str = "requests and tokens per minute"
-    codes: Mapping[str, Meaning] = field(default_factory=dict)  # patterns of error codes and types, "http403"
-    texts: Mapping[str, Meaning] = field(default_factory=dict)  # what error messages say; comes before codes
-    auth: str = BEARER
-    headers: Mapping[str, str] = field(default_factory=dict)
-    native: str = ""  # the shape for which auth and headers hold; elsewhere the key is a Bearer one
+    codes: Mapping[str, str] = {}  # like RULES, which come after them
+    auth: str = BEARER  # one that has its own shape wants this only there
     per_second: bool = False  # the minute's limits are enforced in slices of a second
     concurrency: int = 0  # in flight at once, to start with; 0 = no such limit is known
-    windows: Mapping[str, str] = field(default_factory=dict)  # what its headers count by, if not by the minute
+    windows: Mapping[str, int] = {}  # of its headers in a minute, if not one; 0: by the day, which is no pace
     names_model: bool = True  # a request must have "model"
-    check_key: str = "what it may do"  # what to look at when the key is refused
+    headers: Mapping[str, str] = {}  # what it wants besides
 
     def auth_headers(self, key: str) -> dict[str, str]:
         """The headers that carry the key, with what else it wants; Entra tokens of Azure are Bearer tokens."""
@@ -2312,61 +2088,70 @@ class Provider:
 
 
 # fmt: off
+ANY = (str, list, dict)
+TOKENS = ("usage", "input_tokens cache_creation_input_tokens cache_read_input_tokens", "output_tokens")
+SHAPES = {
+    "chat": Shape("*/chat/completions */gpt", "messages", "choices", list),
+    "completions": Shape("*/completions", "prompt", "choices"),
+    "embeddings": Shape("*/embeddings", "input", "data"),
+    "responses": Shape("*/responses", "input prompt", "output", ANY, *TOKENS),
+    "moderations": Shape("*/moderations", "input", "results"),
+    "anthropic": Shape("*/messages *:rawPredict */claude", "messages", "content", list, *TOKENS),
+    "gemini": Shape("*:generateContent", "contents", "candidates", list, "usageMetadata",
+        "promptTokenCount toolUsePromptTokenCount", "candidatesTokenCount thoughtsTokenCount"),
+    "dashscope": Shape("*/api/v1/services/*", "input", "output", dict, *TOKENS),
+    "deepinfra": Shape("*/v1/inference/*", "input inputs prompt", "inference_status", ANY, "inference_status",
+        "tokens_input", "tokens_generated")}
+KEY_STARTS = {"sk-ant-": "anthropic", "sk-or-": "openrouter", "gsk_": "groq", "AIza": "gemini", r"\w{32}\.": "zhipu"}
+OPENAI_CODES = {r"(insufficient_quota|credit_balance|billing)\w*|\w+(spend|usage)_limit\w*": "no_money",
+    "slow_down": "rate_limit"}
+GOOGLE_CODES = {".*(PerDay|credits.*depleted).*": "no_money", ".*API.KEY.(not |in)valid.*|FAILED_PRECONDITION": "auth"}
 PROVIDERS = {row.name: row for row in (
     Provider("azure", "*.openai.azure.com *.cognitiveservices.azure.com *.services.ai.azure.com */openai/deployments/*",
         ("AZURE_OPENAI_API_KEY",), "requests and tokens per minute and deployment, in slices of 1 or 10 seconds",
-        texts={"out of call volume quota": NO_MONEY}, auth="api-key: ", per_second=True, names_model=False,
-        check_key="that it belongs to the resource in the host name"),
-    Provider("openai", "*api.openai.com", ("OPENAI_API_KEY",), codes=OPENAI_CODES, texts={"resource unavailable": BUSY}),
+        {".*out of call volume quota.*": "no_money"}, "api-key: ", per_second=True, names_model=False),
+    Provider("openai", "*api.openai.com", ("OPENAI_API_KEY",), codes=OPENAI_CODES),
     Provider("dashscope", "*dashscope*.aliyuncs.com *.maas.aliyuncs.com", ("DASHSCOPE_API_KEY",),
         "requests and tokens per minute and model, a sixtieth of them per second", per_second=True, codes={
-        "Arrearage *BillOverdue CommodityNotPurchased AllocationQuota.FreeTierOnly": NO_MONEY,
-        "Throttling* LimitRequests limit_requests limit_burst_rate insufficient_quota": THROTTLED,
-        "DataInspectionFailed data_inspection_failed": FILTERED, "InvalidApiKey invalid_api_key": BAD_KEY},
-        texts={"free (allocated |tier )?quota|free tier": NO_MONEY},
-        check_key="its region: dashscope, dashscope-intl and each workspace have their own keys"),
+        r".*\bfree (allocated |tier )?quota.*|.*free tier.*|AllocationQuota.FreeTierOnly": "no_money",
+        r"Arrearage|\w+BillOverdue|CommodityNotPurchased": "no_money", "data_?inspection_?failed": "content_filter",
+        "Throttling.*|limit_?requests|limit_burst_rate|insufficient_quota": "rate_limit", "InvalidApiKey": "auth"}),
     Provider("deepinfra", "api.deepinfra.com", ("DEEPINFRA_TOKEN", "DEEPINFRA_API_KEY"), "200 at once per model",
         concurrency=200),
     Provider("deepseek", "api.deepseek.com", ("DEEPSEEK_API_KEY",), "500 to 2500 at once per model", concurrency=500),
     Provider("moonshot", "api.moonshot.cn api.moonshot.ai", ("MOONSHOT_API_KEY",),
         "requests at once and per minute, tokens per minute and day, shared by all models",
-        {"exceeded_current_quota_error": NO_MONEY, "engine_overloaded_error": BUSY}, {r"\bTPD\b": NO_MONEY},
-        check_key="its site: keys of api.moonshot.cn and api.moonshot.ai are not exchangeable"),
+        {r"exceeded_current_quota_error|.*\bTPD\b.*": "no_money", "engine_overloaded_error": "server_error"}),
     Provider("ark", "ark.*.volces.com", ("ARK_API_KEY",), "requests and tokens per minute and endpoint, growth", {
-        "AccountOverdueError QuotaExceeded SetLimitExceeded": NO_MONEY, "*SensitiveContent* *RiskDetection*": FILTERED,
-        "*RateLimitExceeded* InflightBatchsizeExceeded RequestBurstTooFast ServerOverloaded": THROTTLED,
-        "InvalidParameter* OutofContextError InvalidEndpointOrModel* ModelNotOpen": REJECTED}),
+        "AccountOverdueError|QuotaExceeded|SetLimitExceeded": "no_money", r"\w*(Sensitive|Risk)\w*": "content_filter",
+        r"[\w.]*RateLimitExceeded[\w.]*|InflightBatchsizeExceeded|RequestBurstTooFast|ServerOverloaded": "rate_limit",
+        "(InvalidParameter|InvalidEndpointOrModel).*|OutofContextError|ModelNotOpen": "bad_request"}),
     Provider("baichuan", "api.baichuan-ai.com", ("BAICHUAN_API_KEY",), "requests per minute",
-        texts={"insufficient|balance|余额|欠费": NO_MONEY}),
+        {".*(insufficient|balance|余额|欠费).*": "no_money"}),
     Provider("zhipu", "open.bigmodel.cn api.z.ai", ("ZHIPUAI_API_KEY", "ZHIPU_API_KEY", "ZAI_API_KEY"),
-        "requests at once per model, then by the minute, day, week and month", {
-        "1302 1303 1305": THROTTLED, "1312 1120 1230 1234 500": BUSY, "1113 1304 1308 1309 1310": NO_MONEY,
-        "100[0-4] 111[0-2] 1121 1220": BAD_KEY, "121[0-5] 1261": REJECTED, "1301": FILTERED},
-        concurrency=20, check_key="its site: keys of open.bigmodel.cn and api.z.ai are not exchangeable"),
-    Provider("jiekou", "api.jiekou.ai", ("JIEKOU_API_KEY",), texts={"balance": THROTTLED}),  # so its FAQ, for 403
+        "requests at once per model, then by the minute, day, week and month", concurrency=20, codes={
+        "130[235]": "rate_limit", "1312|1120|1230|1234|500": "server_error", "1113|1304|1308|1309|1310": "no_money",
+        "100[0-4]|111[0-2]|1121|1220": "auth", "121[0-5]|1261": "bad_request", "1301": "content_filter"}),
+    Provider("jiekou", "api.jiekou.ai", ("JIEKOU_API_KEY",), codes={".*balance.*": "rate_limit"}),  # its FAQ
     Provider("mistral", "*.mistral.ai", ("MISTRAL_API_KEY",), "requests per second, tokens per minute and month",
-        {"3505 service_tier_capacity_exceeded": BUSY}, per_second=True),
+        {"3505": "server_error"}, per_second=True),
     Provider("gemini", "generativelanguage.googleapis.com", ("GEMINI_API_KEY", "GOOGLE_API_KEY"),
-        "requests and tokens per minute, requests per day", {"FAILED_PRECONDITION": BAD_KEY}, GOOGLE_TEXTS,
-        "x-goog-api-key: ", native="gemini", check_key="billing and region"),
+        "requests and tokens per minute, requests per day", GOOGLE_CODES, "x-goog-api-key: "),
     Provider("vertex", "*aiplatform.googleapis.com", ("VERTEX_ACCESS_TOKEN",), "a quota, and capacity that all share",
-        texts=GOOGLE_TEXTS, names_model=False, check_key="its age: tokens of `gcloud auth` live for an hour"),
+        GOOGLE_CODES, names_model=False),
     Provider("anthropic", "api.anthropic.com", ("ANTHROPIC_API_KEY",), "requests, input and output tokens per minute",
-        {"billing_error": NO_MONEY}, {"enforced_spend_limit|credit balance is too low|usage limits": NO_MONEY},
-        "x-api-key: ", {"anthropic-version": "2023-06-01"}, "anthropic"),
+        {".*(enforced_spend_limit|credit balance|usage limit).*|billing_error": "no_money"}, "x-api-key: "),
     Provider("infinigence", "cloud.infini-ai.com", ("INFINI_API_KEY", "INFINIAI_API_KEY")),
     Provider("siliconflow", "api.siliconflow.cn api.siliconflow.com", ("SILICONFLOW_API_KEY",),
-        "requests and tokens per minute and day", {"30001": NO_MONEY, "50505": BUSY},
-        check_key="its site: keys of the .cn and the .com site are not exchangeable"),
+        "requests and tokens per minute and day", {"30001": "no_money"}),
     Provider("openrouter", "openrouter.ai", ("OPENROUTER_API_KEY",), "credits; free models by the minute and day",
-        {"http403": FILTERED}, {"key limit|per-day": NO_MONEY}),
+        {".*(key limit|per-day).*": "no_money", "http403": "content_filter"}),
     Provider("together", "api.together.xyz api.together.ai", ("TOGETHER_API_KEY",), "requests and tokens per second",
-        {"http403": REJECTED}, per_second=True, windows={"requests": "second", "tokens": "second"}),
+        {"http403": "bad_request"}, per_second=True, windows={"requests": 60, "tokens": 60}),
     Provider("groq", "api.groq.com", ("GROQ_API_KEY",), "requests and tokens per minute and day",
-        texts={"try again in": THROTTLED}, windows={"requests": "day"}),
+        {".*try again in.*": "rate_limit"}, windows={"requests": 0}),
     Provider("json_gateway", "*/gpt */claude", ("GATEWAY_USERNAME",), "as behind it", auth="", names_model=False),
-    Provider("local", "", ("OPENAI_API_KEY",), "what the machine can do; it queues", OPENAI_CODES, names_model=False),
-)}
+    Provider("local", "", ("OPENAI_API_KEY",), "what the machine can do; it queues", OPENAI_CODES, names_model=False))}
 # fmt: on
 
 
@@ -2376,14 +2161,13 @@ def find_provider(url: str, name: str = "auto") -> Provider:
         raise UsageError(f"--provider {name} is unknown; known are auto, {', '.join(PROVIDERS)}")
     parts = urlsplit(url)
     place = f"{parts.hostname}/{parts.path.lstrip('/')}"
-    patterns = ((pattern, row) for row in PROVIDERS.values() for pattern in row.urls.split())
-    fitting = (row for pattern, row in patterns if fnmatchcase(place, pattern if "/" in pattern else f"{pattern}/*"))
-    other = PROVIDERS["local"] if is_private(parts.hostname or "") else replace(PROVIDERS["openai"], names_model=False)
+    rows = ((pattern, row) for row in PROVIDERS.values() for pattern in row.urls.split())
+    fitting = (row for pattern, row in rows if fnmatchcase(place, pattern if "/" in pattern else f"{pattern}/*"))
+    other = PROVIDERS["local"] if is_private(parts.hostname or "") else PROVIDERS["openai"]._replace(names_model=False)
     provider = PROVIDERS.get(name) or next(fitting, other)
     shape = find_shape(parts.path, provider)
-    if provider.native and shape != provider.native:
-        provider = replace(provider, auth=BEARER, headers={})
-    return replace(provider, headers=PROVIDERS["anthropic"].headers) if shape == "anthropic" else provider
+    auth = BEARER if provider.name in SHAPES and provider.name != shape else provider.auth
+    return provider._replace(auth=auth, headers={"anthropic-version": "2023-06-01"} if shape == "anthropic" else {})
 
 
 def find_shape(path: str, provider: Provider) -> str:
@@ -2391,24 +2175,25 @@ def find_shape(path: str, provider: Provider) -> str:
     for shape, row in SHAPES.items():
         if any(fnmatchcase(path.rstrip("/"), pattern) for pattern in row.paths.split()):
             return shape
-    endings = ", ".join(pattern.replace("*", "") for row in SHAPES.values() for pattern in row.paths.split())
-    raise UsageError(f"--request_url: {path or '/'} is no known endpoint of {provider.name}; known are {endings}")
+    known = " ".join(row.paths for row in SHAPES.values()).replace("*", "")
+    raise UsageError(f"--request_url: {path or '/'} is no known endpoint of {provider.name}; known are {known}")
 
 
 def check_request(body: dict[str, Any], shape: str, provider: Provider) -> str:
     """Why the endpoint cannot mean this request; "" if it can."""
     row = SHAPES[shape]
     need = next((name for name in row.needs.split() if name in body), "")
-    value, kind = body.get(need), {OBJECTS: list, OBJECT: dict, ANYTHING: str | list | dict}[row.takes]
-    plain = row.takes is OBJECTS and not all(only(dict, item) for item in only(list, value))
-    if plain or not isinstance(value, kind) or value in ([], {}):
+    value = body.get(need)
+    plain = row.takes is list and not all(isinstance(item, dict) for item in only(list, value))
+    if plain or not isinstance(value, row.takes) or value in ([], {}):
         other = next((r.paths.split()[0][1:] for r in SHAPES.values() if r.needs in body and not need), "")
         looks = f"; this looks like a request for {other}" if other else ""
-        return f'"{need or row.needs.split()[0]}" is missing or not {row.takes}{looks}'
-    if body.get("stream") and (shape != "chat" or provider.name == "json_gateway"):
-        return '"stream" is only supported for OpenAI-shaped chat requests; remove it'
-    if body.get({"responses": "background", "deepinfra": "webhook"}.get(shape, "")):
-        return '"background" and "webhook" leave no answer to wait for; remove them'
+        wanted = {list: "a list of objects", dict: "an object"}.get(row.takes, "a text or a list")
+        return f'"{need or row.needs.split()[0]}" is missing or not {wanted}{looks}'
+    streams = shape == "chat" and provider.name != "json_gateway"
+    for name in ("stream", "background", "webhook"):
+        if body.get(name) and not (streams and name == "stream"):
+            return f'"{name}" cannot be used here, "stream" only in OpenAI-shaped chat requests; remove it'
     needs_model = provider.names_model and shape not in ("gemini", "deepinfra", "moderations")
     return f'"model" is missing; {provider.name} needs it' if needs_model and not body.get("model") else ""
 
@@ -2424,68 +2209,49 @@ def unwrap_gateway(body: Any) -> tuple[Any, dict[str, Any], str]:
     beside = {name: value for name, value in outer.items() if name.startswith("credits")}
     try:
         return loads(outer["raw"]), beside, ""
-    except KeyError:
-        return None, beside, f"the gateway answered without `raw`: {one_line(body) or 'no error message'}"
-    except (ValueError, TypeError, AttributeError):
-        return None, beside, "the gateway's `raw` is no JSON"
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return None, beside, f"the gateway answered without JSON in `raw`: {one_line(body)}"
 
 
 def assemble_stream(raw: bytes) -> tuple[dict[str, Any] | None, str]:
-    """Turn the server-sent events of a chat into the reply that it would have been without "stream".
-
-    An error event is given as it is, to be judged like any error; a stream that broke off is (None, why).
-    """
+    """The reply that a streamed chat would have been, or the error event in it; (None, why) if it broke off."""
     lines = (line[5:].strip() for line in raw.splitlines() if line.startswith(b"data:"))
     try:
         events = [only(dict, loads(line)) for line in lines if line not in (b"", b"[DONE]")]
-        reply = only(dict, joined(events))
-    except (ValueError, RecursionError):
+    except ValueError:
         return None, "the stream broke off within an event, or is none"
     for event in events:
         if event.get("error") or ("choices" not in event and error_words(event)[2]):
             return event, ""
-    choices = [choice for choice in only(list, reply.get("choices")) if only(dict, choice)]
-    if not choices or not all(choice.get("finish_reason") for choice in choices):
+    reply = only(dict, joined(events))
+    choices = only(list, reply.get("choices"))
+    if not choices or not all(only(dict, choice).get("finish_reason") for choice in choices):
         return None, "the stream broke off before a finish reason"
-    usage = reply.get("usage") or only(dict, reply.get("x_groq")).get("usage")
     for choice in choices:
-        usage = usage or choice.pop("usage", None)  # Moonshot
-        told = choice.pop("delta", None) or choice.get("message")
-        choice["message"] = {"role": "assistant", "content": None, **only(dict, told)}
+        choice["message"] = {"role": "assistant", "content": None, **only(dict, choice.pop("delta", None))}
         for call in only(list, choice["message"].get("tool_calls")):
             only(dict, call).pop("index", None)
     choices.sort(key=lambda choice: only(int, choice.get("index")))
+    usage = reply.get("usage") or only(dict, reply.get("x_groq")).get("usage") or choices[0].get("usage")  # Moonshot
     return {**reply, "object": "chat.completion", "choices": choices, **({"usage": usage} if usage else {})}, ""
 
 
-def joined(values: list[Any], name: str = "", *, streamed: bool = False) -> Any:
+def joined(values: list[Any], name: str = "", *, in_delta: bool = False) -> Any:
     """The whole that values are pieces of: lists go on, texts in a delta too, of all else the last one counts."""
     values = [value for value in values if value is not None]
-    if values and all(isinstance(value, dict) for value in values):
-        names = dict.fromkeys(name for value in values for name in value)
-        return {n: joined([v.get(n) for v in values], n, streamed=streamed or n == "delta") for n in names}
-    if streamed and name not in ("id", "type", "role", "name") and values and all(isinstance(v, str) for v in values):
+    kinds = {type(value) for value in values}
+    if kinds == {dict}:
+        names = dict.fromkeys(chain.from_iterable(values))
+        return {n: joined([v.get(n) for v in values], n, in_delta=in_delta or n == "delta") for n in names}
+    if kinds == {str} and in_delta and name not in ("id", "type", "role", "name"):
         return "".join(values)
-    if not any(isinstance(value, list) for value in values):
+    if list not in kinds:
         return next(filter(None, reversed(values)), values[0] if values else None)
-    parts: list[list[Any]] = []
+    parts: dict[str, list[Any]] = {}  # items with the same index are pieces of one
     texts = ([{"type": "text", "text": value}] if isinstance(value, str) and value else value for value in values)
-    for item in (item for items in texts for item in only(list, items)):
-        near = reversed(parts) if "index" in only(dict, item) else parts[-1:]
-        part = next((part for part in near if goes_on(only(dict, part[0]), only(dict, item))), None)
-        if part is None:
-            parts.append(part := [])
-        part.append(item)
-    return [joined(part, streamed=streamed) for part in parts]
-
-
-def goes_on(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Whether an item of a streamed list continues the one that began with `old`."""
-    named = only(dict, new.get("function")).get("name")
-    if "index" in new or "delta" in new:  # subtle: Gemini gives all calls one index, but each its id
-        return old.get("index") == new.get("index") and not (named and new.get("id") not in (None, "", old.get("id")))
-    same = new.get("type", old.get("type")) == old.get("type")
-    return same and old.get("type") in ("text", "thinking", "function") and not named
+    for item in chain.from_iterable(only(list, value) for value in texts):  # Mistral mixes texts and lists
+        parts.setdefault(str(only(dict, item).get("index", f"alone {len(parts)}")), []).append(item)
+    return [joined(part, in_delta=in_delta) for part in parts.values()]
 
 
 def likely_mistake(endpoint: Endpoint, verdict: Verdict, reply: Reply) -> str:
@@ -2494,9 +2260,10 @@ def likely_mistake(endpoint: Endpoint, verdict: Verdict, reply: Reply) -> str:
     if verdict.kind == "no_money":
         return "Top up, raise the spending limit or wait for the new quota, then start again: what is done is kept."
     if verdict.kind == "auth":
-        owner = next((name for start, name in KEY_STARTS.items() if re.match(start, endpoint.key)), provider.name)
-        looks = f"The key looks like one of {owner}, this is {provider.name}. " if owner != provider.name else ""
-        return f"{looks}Check the key ({' or '.join(provider.key_env)}) and {provider.check_key}."
+        owner = next((name for start, name in KEY_STARTS.items() if re.match(start, endpoint.key)), "")
+        looks = f"The key looks like one of {owner}. " if owner not in ("", provider.name) else ""
+        keys = " or ".join(provider.key_env)
+        return f"{looks}Check that the key ({keys}) is one of {provider.name} for this site and region: {url.hostname}."
     if re.search("model|deployment", f"{verdict.code} {verdict.message * (reply.status == 404)}", re.IGNORECASE):
         return 'Check "model": the provider does not know it, or the key may not use it.'
     return f"Check --request_url: {url.hostname} has nothing at {url.path}." if reply.status in (404, 405) else ""

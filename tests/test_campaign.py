@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="needs signals and wait4")]
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3, 5])
+@pytest.mark.parametrize("seed", [1, 2, 3])
 def test_faults_and_restarts(seed: int) -> None:
     """A random combination of faults, limits and interruptions leaves what was promised."""
     _, problems, said = run_seed(seed, short=True)

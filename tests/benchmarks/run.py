@@ -160,7 +160,7 @@ class Bench:
         how = f"{cpu_of['program']:.0f} us against {cpu_of['bare']:.0f} us; {self.rounds} x {count:,} requests in turn"
         yield "throughput by CPU per request, of the bare loop's", f"{ratio:.2f}", ">= 1.0", how
         ratio = median_ratio(speeds["program"], speeds["bare"])
-        how = f"{speed_of['program']:,.0f} against {speed_of['bare']:,.0f}; the provider takes {server:.0f} us per request"
+        how = f"{speed_of['program']:,.0f} against {speed_of['bare']:,.0f}; the provider: {server:.0f} us per request"
         yield "throughput by requests a second, of the bare loop's", f"{ratio:.2f}", ">= 1.0", how
 
     # ---- start-up
