@@ -62,6 +62,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -218,6 +219,7 @@ class Run:
             while self.arrived:  # 5 judge, 6 record
                 self.settle(*self.arrived.popleft(), now)
             self.look_after(now)
+            late_at = self.cancel_late(now)
             wake_at = self.reporter.update(self, now)  # 7 report
             for _ in range(STARTS_PER_TURN):
                 if self.stopped_by:
@@ -238,7 +240,7 @@ class Run:
             self.flush(now)
             if not self.in_flight and (self.stopped_by or not (self.hand or self.retries or not self.reader.ended)):
                 break
-            await self.wait(min(wake_at, self.next_check))
+            await self.wait(min(wake_at, late_at, self.next_check))
         if not self.stopped_by:
             self.fail_limbo()
 
@@ -399,6 +401,14 @@ class Run:
             tokens = {"estimated_tokens": request.cost.expected, "tokens": usage.total if usage else None}
             details = {**own, **times, **tokens, **(details or {})}
         self.results.write(request.body, outcome, request.metadata, details or None)
+
+    def cancel_late(self, now: float) -> float:
+        """End attempts that take too long (one sweep costs less than a timer for each); gives when the next one does."""
+        for request, task in self.in_flight.values():
+            if now < (due := request.started + self.settings.request_timeout):
+                return due
+            task.cancel(TIMED_OUT)
+        return math.inf
 
     def look_after(self, now: float) -> None:
         """End a run that was interrupted, or that had no success for long while something was tried."""
@@ -865,12 +875,12 @@ class Pacer:
         self.in_flight, self.paused_until, self._most = 0, -math.inf, max_concurrent or math.inf
         self._gap, self._slow_start, self._ramping = min_gap_seconds, True, not (per_second and requests_per_minute)
         self._now = self._ticked = self._cut = self._mark_at = self._last = self._blamed = -math.inf
-        self._starts, self._capped, self._barren = collections.deque[_Bin](), False, 0  # see _watch_queue, _learn
-        self._rates, self._window = (_Limit(PACE_FREE if requests_per_minute else 10.0), _Limit(), _Limit()), _Limit()
+        self._starts, self._capped, self._barren = collections.deque[_Bin](), concurrency_hint > 0, 0
+        self._rates, self._window = (_Limit(), _Limit(), _Limit()), _Limit(concurrency_hint or PACE_FREE)
+        self._rates[0].value = PACE_FREE if requests_per_minute else 10.0
         self._bound: tuple[_Limit | None, _Limit | None] = (None, None)  # what binds since the last tick, and before it
         self._speed, self._base, self._peak = (0.0, 0), 0.0, 0.0  # replies a second, and in flight; see _watch_queue
         self._since, self._latencies, self._replies, self._count = 0.0, 0.0, 0, 0
-        self._window.value, self._capped = concurrency_hint or PACE_FREE, concurrency_hint > 0  # where it begins
         self._budgets = (requests_per_minute or PACE_FREE, tokens_per_minute or PACE_FREE)
         self._share, self._cuts, self._deaf_until, self._earlier = 0.0, 0, -math.inf, [PACE_FREE] * 4
         self._believe(None, None)
@@ -962,7 +972,7 @@ class Pacer:
             self._watch_queue(self._window, ticket.at, now)
         elif refused:
             pause, asked = 0.0, told.retry_after if told else None
-            if ticket.at > self._cut and self._is_chance(now):
+            if ticket.at > self._cut and asked is None and self._is_chance(now):
                 self._cut = now
             elif ticket.at > self._cut:  # what started before a refusal was heard only prolongs the pause
                 pause, self._cut = self._learn(ticket, self._window, now), now
@@ -1112,7 +1122,8 @@ class Outage:
 
 # ==== 4 send: the only place that knows HTTP ==========================================================================
 
-CONNECT_SECONDS = 30.0
+CONNECT_SECONDS, TIMED_OUT = 30.0, "no whole reply within --request_timeout"
+ZLIB_OR_GZIP = 47  # told by the header (zlib manual, inflateInit2)
 SPARE_OPEN_FILES, MOST_CONCURRENT = 64, 20_000  # of no connections; fewer than the ports that an address has
 SHORTEST_SECRET = 12  # shorter ones would be found in ordinary words
 TEXT_KEPT, LARGE_BODY = 2000, 1 << 20  # bytes of a reply that is no JSON; aiohttp sends more only from a file
@@ -1177,11 +1188,12 @@ class Endpoint:
     secrets: Secrets
     session: aiohttp.ClientSession | None = None
 
-    async def open(self, stack: contextlib.AsyncExitStack, timeout_seconds: float) -> None:
-        """Open the connection pool, without aiohttp's limit of connections; `stack` closes it."""
-        timeout = aiohttp.ClientTimeout(total=timeout_seconds, sock_connect=CONNECT_SECONDS)
+    async def open(self, stack: contextlib.AsyncExitStack) -> None:
+        """Open the connection pool, without aiohttp's limits of connections and time; `stack` closes it."""
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)  # the loop ends what takes too long
         pool, jar = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300), aiohttp.DummyCookieJar()
-        session = aiohttp.ClientSession(connector=pool, cookie_jar=jar, headers=self.headers, timeout=timeout)
+        more = {"headers": {"Accept-Encoding": "gzip, deflate", **self.headers}, "auto_decompress": False}
+        session = aiohttp.ClientSession(connector=pool, cookie_jar=jar, timeout=timeout, **more)  # type: ignore[arg-type]
         self.session = await stack.enter_async_context(session)
 
     async def send(self, body: dict[str, Any]) -> Reply:
@@ -1196,14 +1208,24 @@ class Endpoint:
         try:
             async with self.session.post(self.url, data=large, allow_redirects=False, proxy=self.proxy) as response:
                 reply.status, reply.headers = response.status, response.headers
+                packed = reply.headers.get("Content-Encoding", "identity") != "identity"
+                unpacker = zlib.decompressobj(ZLIB_OR_GZIP) if packed else None
                 while not response.content.at_eof():
                     chunk = await response.content.readany()
+                    if unpacker:  # subtle: aiohttp would unpack a whole bomb before anybody can measure it
+                        chunk = unpacker.decompress(chunk, self.max_reply_bytes - len(raw) + 1)
                     if len(raw) + len(chunk) > self.max_reply_bytes:
                         response.close()
                         reply.failure, reply.message = "too_large", "the reply is larger than --max_reply_megabytes"
                         return reply
                     raw += chunk
+            if unpacker and not unpacker.eof:
+                raise aiohttp.ClientPayloadError("the packed reply broke off")
             self._parse(self.secrets.clean(bytes(raw)), reply)
+        except asyncio.CancelledError as cancelled:
+            if cancelled.args != (TIMED_OUT,):
+                raise
+            reply.failure, reply.message = "timeout", TIMED_OUT
         except Exception as error:  # noqa: BLE001 - whatever the network does, the run goes on
             explain(error, reply)
             reply.message = self.secrets.redact(reply.message)
@@ -1231,7 +1253,7 @@ def explain(error: Exception, reply: Reply) -> None:
     reply.failure, reply.message = "connection", f"{type(error).__name__}: {words}"
     reply.sent = not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
     if isinstance(error, TimeoutError):
-        reply.failure, reply.message = "timeout", "no whole reply within --request_timeout"
+        reply.failure, reply.message = "timeout", f"no connection within {CONNECT_SECONDS:.0f} s"
     elif isinstance(error, aiohttp.ClientConnectorDNSError):
         reply.hopeless = f"The host {error.host} cannot be found. Check --request_url, the network and the proxy."
     elif isinstance(error, ssl.SSLError | aiohttp.ClientSSLError):
@@ -1868,7 +1890,7 @@ async def run_job(settings: Settings, *, main_program: bool = False) -> Tally:
             hear_signals(run, stack)
         for notice in results.notices:
             LOGGER.warning("%s", notice)
-        await endpoint.open(stack, settings.request_timeout)
+        await endpoint.open(stack)
         try:
             await run.process_requests()
         finally:

@@ -163,11 +163,11 @@ class Unlimited(Concurrency):
 
 
 class Queueing(Unlimited):
-    """Never refuses: `slots` workers serve one request each, the others wait in line."""
+    """Never refuses: `slots` workers serve one request each, the others wait in line. latency: seconds on the way."""
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, latency: float = 0.0) -> None:
         super().__init__()
-        self.free, self.work = [0.0] * slots, 0.0
+        self.free, self.work, self.latency = [0.0] * slots, 0.0, latency
 
     @property
     def least(self) -> float:
@@ -178,7 +178,7 @@ class Queueing(Unlimited):
         begin = max(now, heapq.heappop(self.free))
         heapq.heappush(self.free, begin + service)
         self.work += service
-        return begin + service
+        return begin + service + self.latency
 
 
 # --- the client

@@ -139,6 +139,94 @@ def test_latency_that_changes_without_a_queue_costs_little() -> None:
     assert run.seconds <= 1.15 * 60 + 5
 
 
+# --- fast servers: replies are the clock
+
+
+@pytest.mark.parametrize(("most", "delay"), [(64, 0.01), (0, 0.15)])
+def test_a_fast_server_is_busy_from_the_first_moment(most: int, delay: float) -> None:
+    """Without budgets, a server of 8,333 replies a second is used fully at once, and its queue stays short."""
+    server = Queueing(1, latency=0.0005)
+    run = simulate(server, [Job()] * 40000, Pacer(0, 0, most), latency=lambda chance: 0.00012, jitter=0.00001)
+    assert server.least >= 0.97 * run.finished
+    assert run.starts[199] < 0.05
+    assert statistics.mean(run.latencies[20000:]) < delay
+    assert max(run.latencies) < 1
+
+
+def test_a_queue_within_the_users_own_concurrency_is_no_reason_to_shrink() -> None:
+    """Where 64 in flight are slow only because the machine is busy, about 64 stay in flight to the end."""
+    pacer = Pacer(0, 0, 64)
+    run = simulate(Queueing(1, latency=0.0005), [Job()] * 20000, pacer, latency=lambda chance: 0.0005, jitter=0.00001)
+    assert statistics.mean(run.latencies[10000:]) > 0.03
+    assert run.peak_in_flight == 64
+
+
+@pytest.mark.parametrize(("latency", "seconds"), [(0.005, 0.1), (0.05, 0.6)])
+def test_thousands_are_in_flight_after_a_few_round_trips(latency: float, seconds: float) -> None:
+    """Each round of replies about doubles what is in flight, where no queue shows."""
+    run = simulate(Unlimited(), [Job()] * 60000, Pacer(), latency=lambda chance: latency, jitter=0.0001, until=seconds)
+    assert run.peak_in_flight >= 4000
+
+
+def test_a_known_budget_is_not_ramped_by_replies() -> None:
+    """Fast replies change nothing where the user named a budget."""
+    starts = [
+        simulate(Unlimited(), [Job()] * 1400, Pacer(1500), latency=lambda chance, seconds=seconds: seconds).starts[60]
+        for seconds in (0.002, 2.0)
+    ]
+    assert starts[0] == pytest.approx(starts[1], rel=0.05)
+
+
+# --- limits that the server tells
+
+
+def paced(pacer: Pacer, now: float, seconds: float, limits: ServerLimits | None) -> int:
+    """How many requests start within `seconds`; each is answered at once and tells `limits`."""
+    end, count = now + seconds, 0
+    while (now := run_until(pacer, Cost(100, 200), now)) < end:
+        pacer.finish(pacer.start(Cost(100, 200), now), ACCEPTED, now, 100, limits)
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize("limits", [ServerLimits(requests_per_minute=600), ServerLimits(tokens_per_minute=60000)])
+def test_a_limit_that_the_server_tells_is_believed_at_once(limits: ServerLimits) -> None:
+    """A lower one becomes the ceiling of the minute, or the even pace where seconds are counted."""
+    pacer = Pacer(6000, 10**6)
+    assert 590 <= paced(pacer, 0.0, 59, limits) <= 600
+    even = Pacer(6000, 10**6, per_second=True)
+    assert paced(even, 0.0, 30, limits) == pytest.approx(300, rel=0.03)
+    assert Pacer(0).describe() == ""
+    found = "this server takes about 9.85 requests a second; you allowed 100"
+    assert pacer.describe() == (found if limits.requests_per_minute else "")
+
+
+def test_a_told_limit_is_followed_when_it_rises_or_disappears() -> None:
+    """The pace goes back to the user's budget."""
+    for later in (None, ServerLimits(requests_per_minute=60000), ServerLimits(requests_per_minute=1200)):
+        pacer = Pacer(3000, per_second=True)
+        assert paced(pacer, 0.0, 20, ServerLimits(requests_per_minute=600)) == pytest.approx(200, rel=0.05)
+        goal = 20 if later and later.requests_per_minute == 1200 else 50
+        assert paced(pacer, 20.0, 20, later) == pytest.approx(20 * goal, rel=0.05)
+
+
+@pytest.mark.parametrize("told", [None, 6000.0, 1e9, 0.0, -5.0, math.nan, math.inf])
+def test_a_told_limit_that_is_higher_or_absurd_changes_nothing(told: float | None) -> None:
+    """The user's budget stays."""
+    pacer = Pacer(6000, per_second=True)
+    assert paced(pacer, 0.0, 10, ServerLimits(requests_per_minute=told)) == pytest.approx(985, rel=0.02)
+
+
+@pytest.mark.parametrize("flavour", ["ceil", "float", "ms"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_deep_fall_is_learned_however_short_the_pauses_that_the_server_asks_for(seed: int, flavour: str) -> None:
+    """A server that names only the time to its next token is slowed down for, not asked again and again."""
+    row = next(row for row in ROWS if row.name.startswith("falls"))
+    elapsed, refused, run = measure(row, 1800, 1.0, "retry-after", seed, flavour=flavour)
+    assert elapsed <= row.time, run.found
+    assert refused <= 0.02
+
+
 # --- ceilings
 
 

@@ -227,7 +227,7 @@ def test_the_edit_map_leads_to_the_right_place() -> None:
         goals = node.targets if isinstance(node, ast.Assign) else [node]
         names_here = (getattr(goal, "id", getattr(goal, "name", "")) for goal in goals)
         defined |= {name: node.lineno for name in names_here if name and name not in defined}
-    fields = program.set(program.Provider._fields) | {"record"}
+    fields = set(program.Provider._fields) | {"record"}
     for what, names, place in rows(README, "to"):
         first, last = places[place]
         wanted = [name for name in code(names) if name not in fields]
