@@ -403,7 +403,7 @@ class Run:
         self.results.write(request.body, outcome, request.metadata, details or None)
 
     def cancel_late(self, now: float) -> float:
-        """End attempts that take too long (one sweep costs less than a timer for each); gives when the next one does."""
+        """End attempts that take too long: one sweep costs less than a timer for each. Gives when the next one is due."""
         for request, task in self.in_flight.values():
             if now < (due := request.started + self.settings.request_timeout):
                 return due
@@ -726,7 +726,7 @@ class Tokenizer:
                 stack.callback(setattr, tiktoken.load, "read_file_cached", tiktoken.load.read_file_cached)
                 tiktoken.load.read_file_cached = read_vocabulary
                 encode = tiktoken.get_encoding(name if self._name == "auto" else self._name).encode_ordinary
-        except Exception:  # whatever is wrong with it, an estimate will do
+        except Exception:  # noqa: BLE001 - whatever is wrong with it, an estimate will do
             LOGGER.warning("Tokens are estimated; `pip install tiktoken bpe-openai` makes the counts exact.")
             self.exact, self.counter = False, lambda _: estimate_text
             return estimate_text
@@ -1072,54 +1072,6 @@ class Pacer:
         return f"this server takes about {rate:.3g} requests a second{told}" if rate < min(1e9, 0.95 * allowed) else ""
 
 
-OUTAGE_STREAK = 10  # different requests without an answer, in the order of their starts
-PROBE_SECONDS = (1.0, 5.0)  # between probes: at first, at most
-
-
-@dataclass(slots=True)
-class Outage:
-    """Tells a provider that is down from requests that fail, and lets only probes through meanwhile.
-
-    Evidence goes by the time of the start: an answer speaks for what was sent before, not for what was sent later.
-    """
-
-    alive: float = -math.inf  # the latest start that was answered
-    streak: dict[Request, float] = field(default_factory=dict)  # starts after that, in a row, that failed
-    down: bool = False
-    since: float = 0.0  # when the latest outage was noticed
-    last_start: float = 0.0
-
-    def failed(self, request: Request, enough: int, in_flight: Iterable[Request], now: float) -> bool:
-        """Hear of an attempt without an answer; true if it shows an outage: so many in a row, and few still open."""
-        request.excused += self.down
-        request.suspect = request.suspect or request.started <= self.alive
-        if self.down or request.suspect:
-            return False
-        self.streak.setdefault(request, request.started)
-        first, many = next(iter(self.streak.values())), len(self.streak)
-        still_open = (other for other in islice(in_flight, many + 1) if other.started > first)
-        if many >= min(enough, OUTAGE_STREAK) and len(list(still_open)) <= many:
-            self.down, self.since = True, now
-            for excused in self.streak:
-                excused.excused += 1
-            self.streak.clear()
-        return self.down
-
-    def answered(self, started: float) -> bool:
-        """Hear of an answer; true if it ends an outage."""
-        self.alive = max(self.alive, started)
-        for request in [request for request, at in self.streak.items() if at <= self.alive]:
-            request.suspect = True
-            del self.streak[request]
-        was_down, self.down = self.down, self.down and started < self.since
-        return was_down and not self.down
-
-    def delay(self, now: float) -> float:
-        """Seconds until the next probe: rarer the longer the provider is down."""
-        last, (least, most) = max(self.last_start, self.since), PROBE_SECONDS
-        return max(0.0, last + min(max((last - self.since) / 2, least), most) - now) if self.down else 0.0
-
-
 # ==== 4 send: the only place that knows HTTP ==========================================================================
 
 CONNECT_SECONDS, TIMED_OUT = 30.0, "no whole reply within --request_timeout"
@@ -1445,6 +1397,54 @@ def read_usage(body: Any, shape: str) -> Usage | None:
 def retry_delay(attempt: int, rng: random.Random) -> float:
     """Seconds until a failed attempt (from 1) is tried again: exponential with full jitter, capped."""
     return rng.uniform(0.0, min(LONGEST_RETRY_SECONDS, 2.0 ** min(attempt - 1, 30)))
+
+
+OUTAGE_STREAK = 10  # different requests without an answer, in the order of their starts
+PROBE_SECONDS = (1.0, 5.0)  # between probes: at first, at most
+
+
+@dataclass(slots=True)
+class Outage:
+    """Tells a provider that is down from requests that fail, and lets only probes through meanwhile.
+
+    Evidence goes by the time of the start: an answer speaks for what was sent before, not for what was sent later.
+    """
+
+    alive: float = -math.inf  # the latest start that was answered
+    streak: dict[Request, float] = field(default_factory=dict)  # starts after that, in a row, that failed
+    down: bool = False
+    since: float = 0.0  # when the latest outage was noticed
+    last_start: float = 0.0
+
+    def failed(self, request: Request, enough: int, in_flight: Iterable[Request], now: float) -> bool:
+        """Hear of an attempt without an answer; true if it shows an outage: so many in a row, and few still open."""
+        request.excused += self.down
+        request.suspect = request.suspect or request.started <= self.alive
+        if self.down or request.suspect:
+            return False
+        self.streak.setdefault(request, request.started)
+        first, many = next(iter(self.streak.values())), len(self.streak)
+        still_open = (other for other in islice(in_flight, many + 1) if other.started > first)
+        if many >= min(enough, OUTAGE_STREAK) and len(list(still_open)) <= many:
+            self.down, self.since = True, now
+            for excused in self.streak:
+                excused.excused += 1
+            self.streak.clear()
+        return self.down
+
+    def answered(self, started: float) -> bool:
+        """Hear of an answer; true if it ends an outage."""
+        self.alive = max(self.alive, started)
+        for request in [request for request, at in self.streak.items() if at <= self.alive]:
+            request.suspect = True
+            del self.streak[request]
+        was_down, self.down = self.down, self.down and started < self.since
+        return was_down and not self.down
+
+    def delay(self, now: float) -> float:
+        """Seconds until the next probe: rarer the longer the provider is down."""
+        last, (least, most) = max(self.last_start, self.since), PROBE_SECONDS
+        return max(0.0, last + min(max((last - self.since) / 2, least), most) - now) if self.down else 0.0
 
 
 # ==== 6 record: one line, written whole, once =========================================================================
