@@ -1558,7 +1558,7 @@ def locked(path: Path) -> Iterator[str]:
 
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samefile(path, file.fileno()):  # noqa: PTH121 - Path.samefile takes no descriptor
-                raise BlockingIOError  # noqa: TRY301 - its holder has just removed it
+                raise BlockingIOError
         except (BlockingIOError, FileNotFoundError, PermissionError):
             file.seek(0)
             busy = f"Process {file.read().strip() or '(starting)'} is writing these results (it holds {path})"
@@ -1846,7 +1846,7 @@ def complain(text: str) -> None:
     try:
         print(text, file=sys.stderr, flush=True)
     except (OSError, ValueError):
-        sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - else the flush at exit fails, too
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - else the flush at exit fails, too
 
 
 # ==== command line ====================================================================================================
