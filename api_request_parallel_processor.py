@@ -403,7 +403,7 @@ class Run:
         self.results.write(request.body, outcome, request.metadata, details or None)
 
     def cancel_late(self, now: float) -> float:
-        """End attempts that take too long: one sweep costs less than a timer for each. Gives when the next one is due."""
+        """End attempts that take too long: one sweep costs less than a timer for each. Gives when the next is due."""
         for request, task in self.in_flight.values():
             if now < (due := request.started + self.settings.request_timeout):
                 return due
