@@ -8,6 +8,7 @@ import math
 import random
 import statistics
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -171,7 +172,7 @@ def test_thousands_are_in_flight_after_a_few_round_trips(latency: float, seconds
 def test_a_known_budget_is_not_ramped_by_replies() -> None:
     """Fast replies change nothing where the user named a budget."""
     starts = [
-        simulate(Unlimited(), [Job()] * 1400, Pacer(1500), latency=lambda chance, seconds=seconds: seconds).starts[60]
+        simulate(Unlimited(), [Job()] * 1400, Pacer(1500), latency=lambda _, seconds=seconds: seconds).starts[60]  # type: ignore[misc]
         for seconds in (0.002, 2.0)
     ]
     assert starts[0] == pytest.approx(starts[1], rel=0.05)
@@ -387,7 +388,8 @@ def test_many_refusals_of_one_burst_are_one_signal() -> None:
     """A hundred refusals of requests that were already under way lower the pace no further than one."""
     paces = []
     for count in (1, 100):
-        pacer, now, tickets = Pacer(6000), 0.0, []
+        pacer, now = Pacer(6000), 0.0
+        tickets: list[Any] = []
         while len(tickets) < 150:
             now = run_until(pacer, ONE, now)
             tickets.append(pacer.start(ONE, now))
