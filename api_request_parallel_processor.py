@@ -1052,7 +1052,7 @@ class Pacer:
             return 0.5
         elif self._barren:
             rates[index].settle(0.9 * rates[index].value, now, 2.0)
-            return min(60.0, 2.0 ** min(6, self._barren))
+            return min(60.0, 1.3 ** min(16, self._barren))
         else:
             rates[index].settle(min(0.9 * rates[index].value, max(admitted[index], rates[index].value / 4)), now, 2.0)
         self._capped = True  # it may be a cap on concurrency, too: then this many fit
