@@ -239,8 +239,8 @@ END
     export PIP_USER=0
     if ! pip --only-binary :all: -r "$venv/required" -r "$venv/optional"; then
         pip --prefer-binary -r "$venv/required" ||
-            stop "could not install aiohttp and tiktoken; the reason ends $venv/install.log. Where PyPI is slow or blocked, a mirror helps:
-PIP_INDEX_URL=https://pypi.tuna.tsinghua.edu.cn/simple sh run.sh"
+            stop "could not install aiohttp and tiktoken; the reason ends $venv/install.log. Where PyPI is slow or blocked, a mirror near you helps:
+PIP_INDEX_URL=<the address of the mirror> sh run.sh"
         while read -r package; do
             pip --only-binary :all: "$package" ||
                 printf 'goes on without %s, which cannot be installed here\n' "${package%%[<>=; ]*}"
