@@ -93,7 +93,12 @@ except ImportError:
     tiktoken = None  # type: ignore[assignment]
 
 __version__ = "0.1.0"
-__all__ = ["Settings", "Tally", "UsageError", "process_api_requests_from_file"]
+__all__ = [
+    "IDENTITY_BYTES", "LOGGER", "PROVIDERS", "Action", "ConsoleHandler", "Endpoint", "Reply", "Request", "ResultsFile",
+    "ResultsLost", "Secrets", "Settings", "Tally", "Tokenizer", "UsageError", "build_parser", "complain", "dumps",
+    "error_words", "estimate_text", "estimate_tokens", "explain", "find_provider", "find_shape", "identity", "judge",
+    "likely_mistake", "loads", "locked", "make_endpoint", "one_line", "parse_line", "process_api_requests_from_file",
+    "read_bounded", "read_limits", "read_result", "read_usage", "retry_delay", "run_job"]  # fmt: skip
 
 STATIONS = ("read", "estimate", "pace", "send", "judge", "record", "report")
 LOGGER = logging.getLogger("api_request_parallel_processor")

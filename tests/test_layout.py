@@ -156,6 +156,36 @@ def test_imports(source: str) -> None:
 
 
 @needs_program
+def test_workflows_use_what_is_public(source: str) -> None:
+    """Whatever workflows/ take from the single file stands in `__all__`, and all that stands there is defined."""
+    defined: set[str] = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            defined.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            defined |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    [public] = re.findall(r"^__all__ = (\[.*?\])", source, flags=re.MULTILINE | re.DOTALL)
+    assert set(ast.literal_eval(public)) <= defined
+    used: dict[str, str] = {}
+    for path in sorted((ROOT / "workflows").glob("*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
+        aliases = {
+            alias.asname or alias.name
+            for node in nodes
+            if isinstance(node, ast.Import)
+            for alias in node.names
+            if alias.name == PROGRAM.stem
+        }
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom) and node.module == PROGRAM.stem:
+                used |= {alias.name: path.name for alias in node.names}
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
+                used[node.attr] = path.name
+    assert not {name: place for name, place in used.items() if name not in ast.literal_eval(public)}
+
+
+@needs_program
 def test_script_metadata_agrees_with_the_project(source: str, project: dict[str, Any]) -> None:
     """`uv run` and `pip install` ask for the same Python and packages."""
     block = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", source, flags=re.MULTILINE)
