@@ -1586,8 +1586,8 @@ class ResultsFile:
         self.finished_before = self.failed_before = self.unreadable = 0  # lines that it had
         self.foreign = 0  # finished requests that were not asked for, known after finish
         self._finished = [bytearray() for _ in range(BUCKETS)]  # identities end to end: a fifth of the size of a set
-        self._failed: set[bytes] = set()
-        self._queue = bytearray()
+        self.failed: set[bytes] = set()  # requests with failed lines that this run did not come to
+        self.queue = bytearray()  # whole lines, until they are flushed
         with explained(UsageError, f"The results file {path} cannot be used"), contextlib.ExitStack() as stack:
             torn = guard(self.path, Path("/dev/stdin" if requests_path == "-" else requests_path))
             self.notices = list(filter(None, [stack.enter_context(locked(Path(f"{self.path}.lock")))]))
@@ -1619,7 +1619,7 @@ class ResultsFile:
                 self._finished[int.from_bytes(result[0][:2]) % BUCKETS] += result[0]
             else:
                 self.failed_before += 1
-                self._failed.add(result[0])
+                self.failed.add(result[0])
         if line.endswith(b"\n"):
             return size
         if result:
@@ -1629,7 +1629,7 @@ class ResultsFile:
 
     def take(self, identity: bytes) -> bool:
         """Whether this request is finished already: true once for each of its successful lines."""
-        self._failed.discard(identity)  # this run replaces those lines
+        self.failed.discard(identity)  # this run replaces those lines
         bucket = self._finished[int.from_bytes(identity[:2]) % BUCKETS]
         if (at := bucket.find(identity)) >= 0:
             del bucket[at : at + IDENTITY_BYTES]
@@ -1638,7 +1638,7 @@ class ResultsFile:
     def write(self, body: Any, outcome: Any, metadata: Any = None, details: Any = None) -> None:
         """Queue one result line. outcome: the response, or the list of errors."""
         width = 4 if details is not None else 3 if metadata is not None else 2
-        self._queue += dumps([body, outcome, metadata, details][:width]) + b"\n"
+        self.queue += dumps([body, outcome, metadata, details][:width]) + b"\n"
 
     def flush(self) -> None:
         """Write the queued lines, each whole or not at all; after ResultsLost the rest is still queued."""
@@ -1647,11 +1647,11 @@ class ResultsFile:
                 self.check()  # at once: behind the cut, a line would be glued to half of another
             self._size, done = end, 0
             try:
-                while done < len(self._queue):
-                    done += self._file.write(self._queue[done:])
+                while done < len(self.queue):
+                    done += self._file.write(self.queue[done:])
             finally:
-                whole = self._queue.rfind(b"\n", 0, done) + 1
-                del self._queue[:whole]
+                whole = self.queue.rfind(b"\n", 0, done) + 1
+                del self.queue[:whole]
                 self._size += whole
                 if whole < done:
                     self._file.truncate(self._size)
@@ -1679,7 +1679,7 @@ class ResultsFile:
             self.check()
             os.fsync(self._file.fileno())
             if whole and not limited:
-                self._failed.clear()
+                self.failed.clear()
                 self.foreign = sum(map(len, self._finished)) // IDENTITY_BYTES
             if whole and self.failed_before + self.unreadable:
                 self._rewrite()
@@ -1690,7 +1690,7 @@ class ResultsFile:
             for line, result in self._lines(self._old_size):
                 if result is None:
                     unreadable.write(b"" if line.isspace() else line)
-                elif result[1] or result[0] in self._failed:  # those that this run did not come to
+                elif result[1] or result[0] in self.failed:
                     target.write(line)
             self._file.seek(self._old_size)
             shutil.copyfileobj(self._file, target, BLOCK)

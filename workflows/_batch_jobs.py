@@ -420,7 +420,7 @@ class Collector:
         elif not (finished and self.others_wrote):
             tail = b"," + metadata if metadata != b"null" else b""
             line = b"[%b,%b%b]\n" % (body, dumps(outcome), tail)
-            self.results._queue += line  # noqa: SLF001 - as `write` does, without parsing the body again
+            self.results.queue += line  # as `write` does, without parsing the body again
 
     def finish(self) -> None:
         """Give every request without a line its reason, or give it back if the batch was refused for other lines."""

@@ -162,7 +162,7 @@ def split(
     """
     plan, waiting = splitter.plan, open_identities(splitter.ledger, splitter.target)
     failed = set() if resubmit else failed_in_batches(results.path)
-    recorded = set(results._failed)  # noqa: SLF001 - before `take` forgets them
+    recorded = set(results.failed)  # before `take` forgets them
     for request in requests:
         plan.read += 1
         if results.take(request.identity):
