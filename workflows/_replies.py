@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from api_request_parallel_processor import dumps, read_usage
 
@@ -11,6 +11,8 @@ from api_request_parallel_processor import dumps, read_usage
 TRUNCATED = {"length", "max_tokens", "max_output_tokens", "model_context_window_exceeded", "incomplete"}
 FILTERED = set("content_filter sensitive refusal safety recitation blocklist prohibited_content spii".split())
 THINK, END_THINK = "<think>", "</think>"
+MEDIA = ("audio", "image", "video")  # that tokens may be of, if they are no text
+MAX_TOKENS = 10**12  # more is no count
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,19 @@ class Answer:
     def whole(self) -> bool:
         """Neither cut off, nor filtered, nor refused."""
         return self.finish.lower() not in TRUNCATED | FILTERED and not self.refusal
+
+
+class Tokens(NamedTuple):
+    """Tokens that a reply was charged.
+
+    `special` are those among them with a name of their own, and often a price of their own: cache_read and cache_write
+    (cache_write_1h of these) are of the prompt, output_reasoning is of the output, and input_audio, output_image and
+    the like are what they are called. Zeros are left out.
+    """
+
+    prompt: int
+    output: int
+    special: dict[str, int]
 
 
 def read_answers(response: Any) -> list[Answer]:
@@ -154,10 +169,34 @@ def read_logprobs(found: Any) -> tuple[tuple[bytes, float], ...]:
 
 def tokens_of(response: Any) -> int | None:
     """Tokens that a reply was charged, prompt and output; None if it does not say."""
+    tokens = read_tokens(response)
+    return tokens.prompt + tokens.output if tokens else None
+
+
+def read_tokens(response: Any) -> Tokens | None:
+    """All that a reply says about the tokens it was charged; None if it does not say."""
     reply = as_dict(response)
     native = "gemini" if "usageMetadata" in reply else "deepinfra" if "inference_status" in reply else ""
-    usage = read_usage(reply, native or ("responses" if "input_tokens" in as_dict(reply.get("usage")) else "chat"))
-    return usage.total if usage else None
+    usage = as_dict(reply.get("usageMetadata") or reply.get("usage"))
+    known = read_usage(reply, native or ("responses" if "input_tokens" in usage else "chat"))
+    if known is None:
+        return None
+    inputs = as_dict(usage.get("prompt_tokens_details") or usage.get("input_tokens_details"))
+    outputs = as_dict(usage.get("completion_tokens_details") or usage.get("output_tokens_details"))
+    special = {
+        "cache_read": known.cached,
+        "cache_write": usage.get("cache_creation_input_tokens") or inputs.get("cache_write_tokens"),
+        "cache_write_1h": as_dict(usage.get("cache_creation")).get("ephemeral_1h_input_tokens"),
+        "output_reasoning": outputs.get("reasoning_tokens") or usage.get("thoughtsTokenCount"),
+    }
+    for side, details in (("input", inputs), ("output", outputs)):
+        special |= {f"{side}_{medium}": details.get(f"{medium}_tokens") for medium in MEDIA}
+    for side, name in (("input", "promptTokensDetails"), ("output", "candidatesTokensDetails")):  # Gemini
+        for part in map(as_dict, as_list(usage.get(name))):
+            if (medium := str(part.get("modality")).lower()) in MEDIA:
+                special[f"{side}_{medium}"] = part.get("tokenCount")
+    counts = {name: count for name, count in special.items() if type(count) is int and 0 < count < MAX_TOKENS}
+    return Tokens(known.prompt, known.output, counts)
 
 
 def error_text(errors: Any) -> str:

@@ -31,6 +31,7 @@ COMMENT = re.compile(rf"({JSON_STRING})|//[^\n]*|/\*.*?\*/", re.DOTALL)
 TRAILING_COMMA = re.compile(rf"({JSON_STRING})|,(?=\s*[}}\]])")
 PLACEHOLDER_KEY = re.compile(r"(?i)your\b|your_|<|\$\{|x{3}|\.\.\.")  # "YOUR_API_KEY", as in copied examples
 DISTRIBUTIONS = {"yaml": "PyYAML", "dotenv": "python-dotenv", "jsonschema": "jsonschema", "pypdf": "pypdf"}
+DISTRIBUTIONS |= {"plotly": "plotly", "genai_prices": "genai-prices"}
 
 OWN_RETRY_DELAY = processor.retry_delay
 
