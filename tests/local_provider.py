@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 MINUTE = 60.0
 MEGABYTE = 1 << 20
+REQUEST_ID = "req_local"
 MAX_HEAD_BYTES = 256 * 1024  # of one request's headers
 CREATED = 1_700_000_000  # a constant, so that equal requests get equal replies
 
@@ -632,8 +633,8 @@ def read_chat(body: dict[str, Any]) -> Ask:
 
 
 def tool_names(body: dict[str, Any]) -> list[str]:
-    """Return the names of a chat request's tools."""
-    functions = [tool.get("function") for tool in body.get("tools") or () if isinstance(tool, dict)]
+    """Return the names of the tools of a chat request, or of one in Anthropic's shape."""
+    functions = [tool.get("function", tool) for tool in body.get("tools") or () if isinstance(tool, dict)]
     return [str(function.get("name")) for function in functions if isinstance(function, dict)]
 
 
@@ -709,9 +710,16 @@ def write_embeddings(turn: Turn) -> dict[str, Any]:
     return {"object": "list", "data": data, "model": turn.model, "usage": usage}
 
 
+CATEGORIES = (
+    "harassment harassment/threatening hate hate/threatening illicit illicit/violent self-harm self-harm/instructions "
+    "self-harm/intent sexual sexual/minors violence violence/graphic"
+)
+
+
 def write_moderations(turn: Turn) -> dict[str, Any]:
     inputs, _ = ask_inputs(turn.body["input"], "input")
-    result = {"flagged": False, "categories": {"violence": False}, "category_scores": {"violence": 0.01}}
+    parts = {"categories": False, "category_scores": 0.01, "category_applied_input_types": ["text"]}
+    result = {"flagged": False, **{part: dict.fromkeys(CATEGORIES.split(), value) for part, value in parts.items()}}
     return {"id": f"modr-{turn.mark}", "model": turn.model, "results": [result for _ in inputs]}
 
 
@@ -752,7 +760,10 @@ def write_responses(turn: Turn) -> dict[str, Any]:
         "tools": turn.body.get("tools") or [],
         "usage": {
             "input_tokens": turn.ask.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": min(turn.ask.prompt_tokens, turn.options.cached_tokens)},
+            "input_tokens_details": {
+                "cached_tokens": min(turn.ask.prompt_tokens, turn.options.cached_tokens),
+                "cache_write_tokens": 0,
+            },
             "output_tokens": turn.output_tokens,
             "output_tokens_details": {"reasoning_tokens": turn.output_tokens // 2 if turn.reasoning else 0},
             "total_tokens": turn.tokens,
@@ -773,6 +784,9 @@ def write_anthropic(turn: Turn) -> dict[str, Any]:
     content: list[dict[str, Any]] = [{"type": "text", "text": turn.answer}]
     if turn.reasoning:
         content.insert(0, {"type": "thinking", "thinking": turn.reasoning, "signature": turn.mark})
+    if turn.finish == "tool_calls":
+        name, given = turn.body["tools"][0]["name"], {"text": turn.ask.text[:200]}
+        content[-1] = {"type": "tool_use", "id": f"toolu_{turn.mark}", "name": name, "input": given}
     cached = min(turn.ask.prompt_tokens, turn.options.cached_tokens)
     usage = {"input_tokens": turn.ask.prompt_tokens - cached, "output_tokens": turn.output_tokens}
     return {
@@ -781,7 +795,7 @@ def write_anthropic(turn: Turn) -> dict[str, Any]:
         "role": "assistant",
         "model": turn.model,
         "content": content,
-        "stop_reason": "max_tokens" if turn.finish == "length" else "end_turn",
+        "stop_reason": {"length": "max_tokens", "tool_calls": "tool_use"}.get(turn.finish, "end_turn"),
         "stop_sequence": None,
         "usage": {**usage, "cache_creation_input_tokens": 0, "cache_read_input_tokens": cached},
     }
@@ -892,7 +906,7 @@ def pieces_of(text: str | None) -> list[str]:
 
 def deltas_of(message: dict[str, Any], reasoning_field: str) -> Iterator[dict[str, Any]]:
     """Yield the deltas that add up to a chat message."""
-    yield {"role": "assistant", "content": ""}
+    yield {"role": "assistant", "content": None if message["content"] is None else ""}
     for piece in pieces_of(message.get(reasoning_field)):
         yield {reasoning_field: piece}
     content = message["content"]
@@ -1133,11 +1147,14 @@ class Provider(NamedTuple):
     comment: str = ""  # of event streams
     keep_alive_lines: int = 0
     multimodal: bool = False
+    request_id: str = ""  # the header that names the call
 
 
 # A name with a slash is the row of that provider's native shape.
 PROVIDERS: dict[str, Provider] = {
-    "openai": Provider("openai", headers="openai,retry_after_ms,retry_after,body", reasoning=""),
+    "openai": Provider(
+        "openai", headers="openai,retry_after_ms,retry_after,body", reasoning="", request_id="x-request-id"
+    ),
     "azure": Provider(
         "azure",
         envelope="azure",
@@ -1162,7 +1179,11 @@ PROVIDERS: dict[str, Provider] = {
     "vertex/gemini": Provider("vertex", envelope="google"),
     "vertex/anthropic": Provider("vertex", envelope="google"),
     "anthropic": Provider(
-        "anthropic", envelope="anthropic", headers="anthropic,retry_after", keys=("x-api-key", "authorization")
+        "anthropic",
+        envelope="anthropic",
+        headers="anthropic,retry_after",
+        keys=("x-api-key", "authorization"),
+        request_id="request-id",
     ),
     "infinigence": Provider("openai"),
     "siliconflow": Provider("siliconflow", envelope="data"),
@@ -1231,7 +1252,7 @@ ENVELOPES: dict[str, Callable[[Problem], Any]] = {
     "anthropic": lambda error: {
         "type": "error",
         "error": {"type": error.type, "message": error.message},
-        "request_id": "req_local",
+        "request_id": REQUEST_ID,
     },
     "flat": lambda error: {"code": error.code, "message": error.message, "request_id": "local"},
     "object": lambda error: {
@@ -1627,6 +1648,8 @@ class Connection(asyncio.Protocol):
         if answer is None or self.transport.is_closing():
             return
         headers = self.server.final_headers(answer)
+        if answer.row.request_id:
+            headers += f"{answer.row.request_id}: {REQUEST_ID}\r\n"
         if answer.headless:
             self.end()
             return
@@ -1906,7 +1929,8 @@ class LocalProvider:
         """Return the answer that a rule fixes."""
         self._rule_uses[id(rule)] += 1
         status = rule.get("status", 0)
-        answer = self.problem(call, rule.get("kind") or KIND_OF_STATUS.get(status, "internal"), status=status)
+        kind = rule.get("kind") or KIND_OF_STATUS.get(status, "internal")
+        answer = self.problem(call, kind, status=status, why="The request cannot be served.")
         if "body" in rule:
             body = rule["body"]
             answer.body = (body if isinstance(body, str) else json.dumps(body)).encode()
@@ -1960,8 +1984,9 @@ class LocalProvider:
         finish = "stop" if ask.cap is None or wanted <= ask.cap else "length"
         tokens = int(wanted if ask.cap is None else min(wanted, ask.cap))
         thinks = options.reasoning or any(map(body.get, ("thinking", "enable_thinking", "reasoning_effort")))
-        demanded = body.get("tool_choice") == "required" or isinstance(body.get("tool_choice"), dict)
-        if route.shape == "chat" and (options.tool_calls or demanded) and tool_names(body):
+        choice = body.get("tool_choice")
+        demanded = choice == "required" or (isinstance(choice, dict) and choice.get("type") not in ("auto", "none"))
+        if route.shape in ("chat", "anthropic") and (options.tool_calls or demanded) and tool_names(body):
             finish = "tool_calls"
         return Turn(
             body=body,
