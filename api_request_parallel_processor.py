@@ -94,11 +94,13 @@ except ImportError:
 
 __version__ = "0.1.0"
 __all__ = [
-    "IDENTITY_BYTES", "LOGGER", "PROVIDERS", "Action", "ConsoleHandler", "Endpoint", "Reply", "Request", "ResultsFile",
-    "ResultsLost", "Secrets", "Settings", "Tally", "Tokenizer", "UsageError", "build_parser", "complain", "dumps",
-    "error_words", "estimate_text", "estimate_tokens", "explain", "find_provider", "find_shape", "identity", "judge",
-    "likely_mistake", "loads", "locked", "make_endpoint", "one_line", "parse_line", "process_api_requests_from_file",
-    "read_bounded", "read_limits", "read_result", "read_usage", "retry_delay", "run_job"]  # fmt: skip
+    "IDENTITY_BYTES", "LOGGER", "MOST_CONCURRENT", "PROVIDERS", "Action", "ConsoleHandler", "Cost", "Endpoint",
+    "LearnedTokens", "Outcome", "Pacer", "Reader", "Reply", "Reporter", "Request", "ResultsFile", "ResultsLost", "Run",
+    "Secrets", "ServerLimits", "Settings", "Tally", "Tokenizer", "UsageError", "build_parser", "complain", "dumps",
+    "error_words", "estimate_text", "estimate_tokens", "explain", "find_provider", "find_shape", "hear_signals",
+    "identity", "judge", "likely_mistake", "loads", "locked", "make_endpoint", "one_line", "open_files_for",
+    "parse_line", "process_api_requests_from_file", "read_bounded", "read_limits", "read_result", "read_usage",
+    "refuse_open_batches", "retry_delay", "run_job", "summarize"]  # fmt: skip
 
 STATIONS = ("read", "estimate", "pace", "send", "judge", "record", "report")
 LOGGER = logging.getLogger("api_request_parallel_processor")
@@ -2050,9 +2052,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # one that is closed would be given to a socket
         pass
     os.close(descriptor)
-    gc.set_threshold(
-        100_000, 20, 100
-    )  # a request in flight is made of hundreds of objects: look less often for garbage
+    gc.set_threshold(100_000, 20, 100)  # a request in flight is hundreds of objects: look less often for garbage
     words = sys.argv[1:] if argv is None else argv
     flags = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in words]
     given = vars(build_parser().parse_args(flags))
