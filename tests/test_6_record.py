@@ -224,6 +224,13 @@ def test_json_numbers(either_json: None, text: str) -> None:
     assert exactly(loads(text)) == exactly(loads(text.encode())) == exactly(json.loads(text))
 
 
+def test_long_integers_anywhere(either_json: None) -> None:
+    """An integer beyond 64 bits is exact wherever in the line it begins."""
+    for before in range(9):
+        for number in (2**63, -(2**63) - 1, 2**64, 10**20 + 1, 10**40 + 7):
+            assert exactly(loads(f'["{"x" * before}", {number}]')) == exactly(["x" * before, number])
+
+
 def test_json_nesting(either_json: None) -> None:
     """What is nested too deep is refused alike; what can be read can be written and recognised."""
     quoted = rb'{"a": "\\", "b[": "\"[\\\"[", "": ["]"]}'
