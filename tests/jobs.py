@@ -6,17 +6,22 @@ import asyncio
 import json
 import os
 import selectors
+import socket
 import subprocess
 import sys
+import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
+from urllib.error import URLError
+from urllib.request import ProxyHandler, build_opener
 
 from api_request_parallel_processor import Tally, process_api_requests_from_file
 from tests.local_provider import LocalProvider, Options, Stats
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterable, Sequence
+    from collections.abc import Coroutine, Iterable, Iterator, Sequence
 
 PROGRAM = Path(__file__).resolve().parent.parent / "api_request_parallel_processor.py"
 CHAT = "/v1/chat/completions"
@@ -191,8 +196,40 @@ class ProviderProcess:
 
     def ask(self, path: str, changes: dict[str, Any] | None = None) -> Any:
         """Ask /_stats or change options through /_control."""
-        from urllib.request import ProxyHandler, build_opener
-
         data = json.dumps(changes).encode() if changes is not None else None
         with build_opener(ProxyHandler({})).open(self.url + path, data, timeout=20) as reply:
             return json.loads(reply.read())
+
+
+# ==== servers that others wrote =======================================================================================
+
+
+@contextmanager
+def foreign_server(words: Sequence[str], url: str, folder: Path, **environment: str) -> Iterator[None]:
+    """Run a server as a process of its own from when `url` answers; what it prints goes to a file in the folder."""
+    log = folder / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=output, stderr=output, env=clean_environment(**environment)
+        )
+    try:
+        opener, until = build_opener(ProxyHandler({})), time.monotonic() + 120
+        while True:
+            assert process.poll() is None, log.read_text("utf-8", "replace")[-3000:]
+            assert time.monotonic() < until, f"{words[0]} does not answer at {url}; see {log}"
+            with suppress(URLError, ConnectionError), opener.open(url, timeout=5):
+                break
+            time.sleep(0.2)
+        yield
+    finally:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=10)
+        process.kill()
+        process.communicate()
+
+
+def free_port() -> int:
+    """Find a port that nobody listens to."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
