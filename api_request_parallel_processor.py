@@ -128,10 +128,11 @@ class Settings:
     max_tokens_per_minute: float = option("pace", 125000.0, "ceiling on their tokens; 0 = find out")
     seconds_to_sleep_each_loop: float = option("pace", 0.0, "shortest time between two request starts, in seconds")
     max_concurrent_requests: int = option("pace", 0, "requests in flight at once; 0 = as many as useful")
-    request_url: str = option("send", "https://api.openai.com/v1/chat/completions", "the endpoint")
+    request_url: str = option("send", "https://api.openai.com/v1/chat/completions", "the endpoint; repeatable")
+    endpoints_filepath: str = option("send", "", "`URL key_env rpm tpm` a line; read again when it changes")
     provider: str = option("send", "auto", "whose rules apply", "PROVIDERS")
     api_key: str = option("send", "", "the key; other users of this machine can see it here: better --api_key_env")
-    api_key_env: str = option("send", "", "environment variable with the key; default: the provider's usual one")
+    api_key_env: str = option("send", "", "variable with the key, one for each URL; default: the provider's usual one")
     request_header: tuple[str, ...] = option("send", (), "'Name: value' to send along; repeatable")
     request_timeout: float = option("send", 600.0, "seconds for one attempt")
     max_reply_megabytes: float = option("send", 256.0, "largest reply, after decompression")
@@ -145,6 +146,7 @@ class Settings:
     progress: str = option("report", "auto", "bar, lines or none; auto = bar on a terminal, else lines", "PROGRESS")
     logging_level: str = option("report", "20", "number or name: 10 DEBUG, 20 INFO, 30 WARNING, 40 ERROR")
     input_price: float = option("report", 0.0, "price of a million input tokens")
+    cached_input_price: float = option("report", 0.0, "of a million of those read from a cache; 0 = as all input")
     output_price: float = option("report", 0.0, "price of a million output tokens")
     max_cost: float = option("report", 0.0, "stop before more is spent, in the unit of the prices; 0 = no limit")
 
@@ -177,9 +179,10 @@ class Settings:
         """The ceilings: requests and tokens per minute."""
         return self.max_requests_per_minute, self.max_tokens_per_minute
 
-    def price(self, prompt_tokens: float, output_tokens: float) -> float:
-        """What tokens cost at the given prices."""
-        return (prompt_tokens * self.input_price + output_tokens * self.output_price) / 1e6
+    def price(self, prompt: float, output: float, cached: float = 0.0) -> float:
+        """What tokens cost at the given prices; the cached ones are part of the prompt."""
+        saved = cached * (self.input_price - self.cached_input_price) if self.cached_input_price else 0
+        return (prompt * self.input_price - saved + output * self.output_price) / 1e6
 
 
 # ==== the loop ========================================================================================================
@@ -203,18 +206,18 @@ class Run:
     wake: asyncio.Event
     clock: Callable[[], float]
     learned: LearnedTokens = field(default_factory=lambda: LearnedTokens())
-    outage: Outage = field(default_factory=lambda: Outage())
     tally: Tally = field(default_factory=lambda: Tally())
     random: random.Random = field(default_factory=random.Random)
     hand: Request | None = None  # the request at the head of the line
     retries: list[tuple[float, int, Request]] = field(default_factory=list)  # a heap by when they are due
-    limbo: list[Request] = field(default_factory=list)  # out of attempts: failed, unless this becomes an outage
+    limbo: dict[Request, Outage] = field(default_factory=dict)  # out of attempts: failed, unless that is an outage
     in_flight: dict[int, tuple[Request, asyncio.Task[None]]] = field(default_factory=dict)  # by line, oldest first
     arrived: deque[tuple[Request, Endpoint, Ticket, Reply]] = field(default_factory=deque)
     trouble_since: float = math.inf  # first failure or refusal after the last success
     first_failures: Counter[str] = field(default_factory=Counter)  # reasons of hopeless replies before any success
     expected_spend: float = 0.0  # by what is in flight
     next_check: float = 0.0  # of the results file
+    limits_problem: str = ""  # with the file of limits, told already
     stopped_by: str = ""  # "" or why nothing is started any more: signal hopeless given_up max_cost results
     signal: int = 0
     force: bool = False  # do not even wait for what is in flight
@@ -289,15 +292,23 @@ class Run:
     def choose_endpoint(self, request: Request, now: float) -> tuple[Endpoint, float]:
         """The endpoint that may start this request first, and in how many seconds."""
         request.cost = cost = self.learned.cost(request.model, request.estimate or Estimate(0, 0))
-        if self.settings.max_cost:
-            request.price, spent = self.settings.price(cost.prompt, cost.worst - cost.prompt), self.tally.spent
-            if spent + self.expected_spend + request.price > self.settings.max_cost:
+        if self.settings.input_price or self.settings.output_price:
+            expected, worst = (self.settings.price(cost.prompt, total - cost.prompt) for total in cost[:2])
+            request.price, spent = expected if request.model in self.learned else worst, self.tally.spent
+            least = request.price if self.in_flight else expected
+            if spent + self.expected_spend + least > (self.settings.max_cost or math.inf):
                 if not self.in_flight:
                     self.stop("max_cost", f"Spent {spent:,.4f}, one more may exceed --max_cost. Raise it to go on.")
                 return self.endpoints[0], math.inf
-        delays = [endpoint.pacer.delay(cost, now) for endpoint in self.endpoints]
-        delay = min(delays)
-        return self.endpoints[delays.index(delay)], max(delay, self.outage.delay(now))
+        if len(self.endpoints) == 1:  # only for speed
+            return self.endpoints[0], max(self.endpoints[0].pacer.delay(cost, now), self.endpoints[0].outage.delay(now))
+        ranks = []
+        for index, endpoint in enumerate(self.endpoints):
+            delay = max(endpoint.pacer.delay(cost, now), endpoint.outage.delay(now))
+            failed_here = request.attempts > 0 and endpoint is request.endpoint
+            ranks.append((delay, failed_here, endpoint.pacer.in_flight, index))  # less in flight: it answers faster
+        delay, _, _, index = min(ranks)
+        return self.endpoints[index], delay
 
     def start(self, request: Request, endpoint: Endpoint, now: float) -> None:
         """Send one attempt, as a task that hands its reply to the loop."""
@@ -311,7 +322,7 @@ class Run:
         request.started, request.started_utc = now, request.started_utc or time.time()
         self.tally.calls += 1
         self.expected_spend += request.price
-        self.outage.last_start = now
+        request.endpoint, endpoint.outage.last_start = endpoint, now
         self.in_flight[request.line] = (request, asyncio.create_task(attempt()))
 
     def settle(self, request: Request, endpoint: Endpoint, ticket: Ticket, reply: Reply, now: float) -> None:
@@ -323,32 +334,36 @@ class Run:
         outcome = Outcome.REFUSED if refused else Outcome.FAILED if action is Action.RETRY else Outcome.ACCEPTED
         charged = usage.total if usage else 0 if refused or not reply.sent else None
         endpoint.pacer.finish(ticket, outcome, now, charged, read_limits(reply, endpoint.provider, time.time()))
-        self.tally.count(self.settings, verdict, reply, usage)
+        self.tally.count(verdict, reply, usage)
+        if self.settings.input_price or self.settings.output_price:
+            expected = request.price if action is Action.DONE or (reply.sent and reply.failure) else 0.0
+            self.tally.spent += self.settings.price(*usage) if usage else expected
         if usage and request.estimate:
             self.learned.learn(request.model, request.estimate, usage)
         if reply.status and (reply.status < 500 or action is not Action.RETRY):  # a sign of life
-            if self.outage.answered(request.started):
-                LOGGER.warning("The provider answers again; going on.")
+            if endpoint.outage.answered(request.started):
+                LOGGER.warning("The provider (%s) answers again; going on.", endpoint.name)
             if self.limbo:
-                self.fail_limbo(self.outage.alive)
+                self.fail_limbo(endpoint.outage)
         if action is Action.DONE:
             self.trouble_since = math.inf
             self.record(request, reply, usage)
         else:
             self.trouble_since = min(self.trouble_since, now)
-            self.take_failure(request, verdict, reply, likely_mistake(endpoint, verdict, reply), now)
+            self.take_failure(request, endpoint, verdict, reply, now)
 
-    def take_failure(self, request: Request, verdict: Verdict, reply: Reply, mistake: str, now: float) -> None:
+    def take_failure(self, request: Request, endpoint: Endpoint, verdict: Verdict, reply: Reply, now: float) -> None:
         """Note a failed or refused attempt; then try again, give up the request, or stop a hopeless run."""
         LOGGER.debug("line %d: %s %s", request.line, verdict.kind, verdict.message)
         action, refused = verdict.action, verdict.action is Action.REFUSED
+        mistake = likely_mistake(endpoint, verdict, reply)
         wrong_url = action is Action.FAIL and reply.status in (404, 405) and "--request_url" in mistake
         unheard = not self.tally.replies or (self.tally.replies == 1 and wrong_url)
         if action is Action.STOP or (unheard and (reply.hopeless or wrong_url)):
-            self.stop("hopeless", reply.hopeless or verdict.message, mistake)
+            self.leave_out(endpoint, reply.hopeless or verdict.message, mistake)
+        if endpoint not in self.endpoints or self.stopped_by == "hopeless":  # untouched: another, or a later run asks
+            heapq.heappush(self.retries, (now, request.line, request))
             return
-        if self.stopped_by == "hopeless":
-            return  # untouched: a later run asks again
         request.refusals, request.attempts = request.refusals + refused, request.attempts + (not refused)
         if refused:  # only the last one is listed
             request.errors = [error for error in request.errors if error["kind"] != verdict.kind]
@@ -359,7 +374,7 @@ class Run:
         if refused:
             heapq.heappush(self.retries, (now, request.line, request))
         elif action is Action.RETRY:
-            self.try_again(request, verdict, reply.status, now)
+            self.try_again(request, endpoint, verdict, reply.status, now)
         else:
             self.record(request)
             reason = f"{verdict.kind} {reply.status} {verdict.code or re.sub('[0-9]+', '', verdict.message)}"
@@ -367,32 +382,42 @@ class Run:
             if self.first_failures == {reason: SAME_FAILURES}:
                 self.stop("hopeless", f"The first {SAME_FAILURES} replies all say: {verdict.message}", mistake)
 
-    def try_again(self, request: Request, verdict: Verdict, status: int, now: float) -> None:
+    def leave_out(self, endpoint: Endpoint, *reason: str) -> None:
+        """Go on without an endpoint that is of no use; without the last one the run stops."""
+        if self.endpoints == [endpoint]:
+            self.stop("hopeless", *reason)
+        elif endpoint in self.endpoints:
+            self.endpoints.remove(endpoint)
+            LOGGER.warning("%s is left out from now on: %s", endpoint.name, " ".join(filter(None, reason)))
+
+    def try_again(self, request: Request, endpoint: Endpoint, verdict: Verdict, status: int, now: float) -> None:
         """Back off after a passing failure. In an outage the attempt is excused, except for the last request left."""
         waiting = len(self.retries) + len(self.limbo) + (self.hand is not None)
         left = waiting + len(self.in_flight) + 1 if self.reader.ended else math.inf
         if left > 1 and (not status or status >= 500):
             enough = max(2, waiting + 1) if self.reader.ended and status in (0, 503) else OUTAGE_STREAK
-            newest_first = (other for other, _ in reversed(self.in_flight.values()))
-            if self.outage.failed(request, enough, newest_first, now):
-                LOGGER.warning("The provider seems to be down: %s. The queue is kept, probes go on.", verdict.message)
-                for other in self.limbo:
+            newest_first = (other for other, _ in reversed(self.in_flight.values()) if other.endpoint is endpoint)
+            if endpoint.outage.failed(request, enough, newest_first, now):
+                message = "The provider (%s) seems to be down: %s. The queue is kept, probes go on."
+                LOGGER.warning(message, endpoint.name, verdict.message)
+                for other in [other for other, outage in self.limbo.items() if outage is endpoint.outage]:
                     heapq.heappush(self.retries, (now, other.line, other))
-                self.limbo.clear()
+                    del self.limbo[other]
         tries = request.attempts - request.excused
         if tries < self.settings.max_attempts:
-            delay = 0.0 if self.outage.down else retry_delay(tries, self.random)
+            delay = 0.0 if endpoint.outage.down else retry_delay(tries, self.random)
             heapq.heappush(self.retries, (now + delay, request.line, request))
         elif left > 1:
-            self.limbo.append(request)
+            self.limbo[request] = endpoint.outage
         else:
             self.record(request)
 
-    def fail_limbo(self, alive: float = math.inf) -> None:
+    def fail_limbo(self, answered: Outage | None = None) -> None:
         """No outage after all: what ran out of attempts before an answered start has failed."""
-        for request in [request for request in self.limbo if request.started <= alive]:
-            self.limbo.remove(request)
-            self.record(request)
+        for request, outage in list(self.limbo.items()):
+            if not answered or (outage is answered and request.started <= answered.alive):
+                del self.limbo[request]
+                self.record(request)
 
     def record(self, request: Request, reply: Reply | None = None, usage: Usage | None = None) -> None:
         """Queue the one result line of a request: with this reply, else with its errors."""
@@ -434,6 +459,8 @@ class Run:
             if now >= self.next_check:
                 self.next_check = now + CHECK_SECONDS
                 self.results.check()
+                if self.settings.endpoints_filepath:
+                    reread_limits(self)
             self.results.flush()
         except ResultsLost as lost:
             self.force = self.force or self.stopped_by != ""
@@ -466,7 +493,7 @@ class Request:
     model: str
     estimate: Estimate | None = None
     cost: Cost = field(default_factory=lambda: Cost(0, 0))
-    price: float = 0.0  # of that cost at worst
+    price: float = 0.0  # of that cost
     attempts: int = 0  # finished ones, without refusals
     excused: int = 0  # attempts that fell into an outage: they do not count against --max_attempts
     suspect: bool = False  # it failed while others, sent later, were answered
@@ -474,6 +501,7 @@ class Request:
     errors: list[dict[str, Any]] = field(default_factory=list)
     started_utc: float = 0.0  # first start
     started: float = 0.0  # last start, on the loop's clock
+    endpoint: Endpoint | None = None  # of the last start
 
 
 class Reader:
@@ -1145,7 +1173,15 @@ class Endpoint:
     proxy: str | None
     max_reply_bytes: int
     secrets: Secrets
+    settings: Settings  # of this endpoint: its URL, key and limits
+    outage: Outage = field(default_factory=lambda: Outage())
     session: aiohttp.ClientSession | None = None
+
+    @property
+    def name(self) -> str:
+        """Its host, and the variable of its key if there may be several."""
+        host, variable = urlsplit(self.url).netloc, self.settings.api_key_env
+        return f"{host} ({variable})" if variable else host
 
     async def open(self, stack: contextlib.AsyncExitStack) -> None:
         """Open the connection pool, without aiohttp's limits of connections and time; `stack` closes it."""
@@ -1724,14 +1760,14 @@ class Tally:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
-    spent: float = 0.0  # in the unit of the prices given
+    spent: float = 0.0  # in the unit of the prices given; where a reply does not tell its tokens, what was expected
     kinds: Counter[str] = field(default_factory=Counter)  # attempts that did not succeed
     seconds: float = 0.0
     last_trouble: str = ""
     stop_reason: str = ""  # "" if the run came to its end
     exit_code: int = 0
 
-    def count(self, settings: Settings, verdict: Verdict, reply: Reply, usage: Usage | None) -> None:
+    def count(self, verdict: Verdict, reply: Reply, usage: Usage | None) -> None:
         """Count one reply."""
         self.succeeded += verdict.action is Action.DONE
         self.refused += verdict.action is Action.REFUSED
@@ -1745,7 +1781,6 @@ class Tally:
         self.prompt_tokens += prompt
         self.output_tokens += output
         self.cached_tokens += cached
-        self.spent += settings.price(prompt, output)
 
 
 class Reporter:
@@ -1777,15 +1812,15 @@ class Reporter:
             oldest, _ = next(iter(run.in_flight.values()))
             wait = duration(oldest.started + run.settings.request_timeout - now)
             words.append(f"finishing what is in flight, {wait} at most (Ctrl-C again: at once)")
-        elif run.outage.down:
+        elif all(endpoint.outage.down for endpoint in run.endpoints):
             words.append("the provider is down, probing")
         elif done > done_then and total < math.inf:
             left = (total - tally.finished_before - done) * (now - then) / (done - done_then)
             words.append(f"about {duration(left)} left")
         used = map(sum, zip(*(endpoint.pacer.last_minute() for endpoint in run.endpoints), strict=True))
-        for name, budget, amount in zip(("requests", "tokens"), run.settings.budgets, used, strict=True):
+        for name, budget, amount in zip(("requests", "tokens"), total_budgets(run.endpoints), used, strict=True):
             words.append(f"{amount:,.0f}{f' of {budget:,.0f}' if budget else ''} {name}/min")
-        text = ", ".join(words) + (f", spent {tally.spent:,.4f}" if tally.spent else "")
+        text = ", ".join(words) + (f", spent {tally.spent:,.4f}{expected_spend(run)}" if tally.spent else "")
         if self.live:
             from rich import console, progress_bar
 
@@ -1813,6 +1848,12 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def expected_spend(run: Run) -> str:
+    """What the whole file will have cost by the price of what is done."""
+    done, total = run.tally.succeeded + run.tally.failed, run.reader.expected_total() - run.tally.finished_before
+    return f" of about {run.tally.spent / done * total:,.4f}" if 0 < done < total < math.inf else ""
+
+
 def summarize(run: Run) -> list[str]:
     """Say at the end what happened, where the results are and what to do next."""
     tally, minutes = run.tally, max(run.tally.seconds / 60, 1.0)
@@ -1827,17 +1868,44 @@ def summarize(run: Run) -> list[str]:
         tally.answer_lost and f"Sent, answer lost (perhaps billed): {tally.answer_lost:,}.",
         tally.never_sent and f"Never sent: {tally.never_sent:,}.",
         used[1] and f"Tokens: {tally.prompt_tokens:,} in{cached}, {tally.output_tokens:,} out.",
-        tally.spent and f"Spent: {tally.spent:,.4f}.",
+        tally.spent and f"Spent: {tally.spent:,.4f}{expected_spend(run)}.",
+        0 < run.settings.max_cost < tally.spent and "Answers were longer than expected, hence more than --max_cost.",
         run.results.foreign and f"Kept: {run.results.foreign:,} results of requests that are not in the file any more.",
         run.results.unreadable and f"Set aside in {run.results.path}.unreadable: {run.results.unreadable:,} lines.",
     ]
-    for name, budget, amount in zip(("requests", "tokens"), run.settings.budgets, used, strict=True):
+    for name, budget, amount in zip(("requests", "tokens"), total_budgets(run.endpoints), used, strict=True):
         lines.append(budget and f"Budget of {budget:,.0f} {name} a minute: {amount / minutes / budget:.0%} used.")
-    lines += [*(endpoint.pacer.describe() for endpoint in run.endpoints), *run.learned.describe()]
+    lines += [f"{endpoint.name}: {found}" for endpoint in run.endpoints if (found := endpoint.pacer.describe())]
+    lines += run.learned.describe()
     if not (tally.calls or tally.failed or run.stopped_by):
         lines.append("Nothing to do, all are finished; --restart starts afresh, another --save_filepath keeps both.")
     advice = "Failed lines hold their reasons. The same command tries them again; --save_details tells more."
     return [line for line in (*lines, f"Results: {run.results.path}", tally.failed and advice) if line]
+
+
+def total_budgets(endpoints: list[Endpoint]) -> list[float]:
+    """What all endpoints together allow in a minute: requests and tokens; 0 = not known."""
+    columns = zip(*(endpoint.settings.budgets for endpoint in endpoints), strict=True)
+    return [sum(column) if all(column) else 0.0 for column in columns]
+
+
+def expected_cost(settings: Settings, url: str, models: dict[str, list[int]]) -> str:
+    """What requests cost, given as number, tokens in and out by model: by the prices given, else of genai-prices."""
+    if settings.input_price or settings.output_price:
+        return f" Expected cost: {sum(settings.price(*sums[1:]) for sums in models.values()):,.4f}."
+    try:
+        from genai_prices import Usage as Tokens
+        from genai_prices import calc_price
+
+        cost = 0.0
+        for model, (times, prompt, output) in models.items():  # a price may depend on the size of a request
+            mean = Tokens(input_tokens=prompt // times, output_tokens=output // times)
+            cost += times * float(calc_price(mean, model, provider_api_url=url).total_price)
+    except ImportError:
+        return ""
+    except LookupError as error:
+        return f" Expected cost: {error}; --input_price and --output_price would tell."
+    return f" Expected cost: {cost:,.4f} dollars, by the list prices of genai-prices."
 
 
 class ConsoleHandler(logging.Handler):
@@ -1877,27 +1945,30 @@ async def run_job(settings: Settings, *, main_program: bool = False) -> Tally:
     async with contextlib.AsyncExitStack() as stack:
         LOGGER.addFilter(secrets)
         stack.callback(LOGGER.removeFilter, secrets)
-        endpoint, path = make_endpoint(settings, secrets), settings.requests_filepath
+        endpoints, path = [make_endpoint(row, secrets) for row in each_endpoint(settings)], settings.requests_filepath
+        if len({endpoint.shape for endpoint in endpoints}) != 1:
+            raise UsageError("the endpoints take requests of different shapes; give each shape its own request file")
         tokenizer = Tokenizer(settings.token_encoding_name)
         try:  # subtle: sys.stdin would be closed at exit, while a thread still reads from it
             file = open(0 if path == "-" else path, "rb", buffering=1 << 20, closefd=path != "-")  # noqa: SIM115, ASYNC230
         except OSError as error:
             raise UsageError(f"{path} cannot be read ({error.strerror}); see --requests_filepath") from None
-        reader = Reader(file, endpoint, tokenizer, settings.limit, lambda: loop.call_soon_threadsafe(wake.set))
+        reader = Reader(file, endpoints[0], tokenizer, settings.limit, lambda: loop.call_soon_threadsafe(wake.set))
         stack.callback(reader.close)
         if settings.dry_run:
-            return await dry_run(settings, reader, endpoint)
+            return await dry_run(settings, reader, endpoints)
         refuse_open_batches(settings)
         results = ResultsFile(settings.results_path, path, restart=settings.restart)
         stack.callback(results.close)
         clock = time.monotonic if "uvloop" in type(loop).__module__ else loop.time  # uvloop's moves by milliseconds
-        run = Run(settings, reader, [endpoint], results, Reporter(settings.progress), wake, clock)
+        run = Run(settings, reader, endpoints, results, Reporter(settings.progress), wake, clock)
         stack.callback(run.reporter.close)
         if main_program:
             hear_signals(run, stack)
         for notice in results.notices:
             LOGGER.warning("%s", notice)
-        await endpoint.open(stack)
+        for endpoint in endpoints:
+            await endpoint.open(stack)
         try:
             await run.process_requests()
         finally:
@@ -1942,6 +2013,50 @@ def hear_signals(run: Run, stack: contextlib.AsyncExitStack) -> None:
             stack.callback(signal.signal, number, before)
 
 
+def each_endpoint(settings: Settings) -> list[Settings]:
+    """The settings of each endpoint: of the lines of --endpoints_filepath, else of each URL with its key."""
+    urls, keys, path = settings.request_url.split() or [""], settings.api_key_env.split() or [""], ""
+    if 1 < len(urls) != len(keys) > 1:
+        raise UsageError("give as many --api_key_env as --request_url, or one of them for all")
+    rows = [[urls[i % len(urls)], keys[i % len(keys)]] for i in range(max(len(urls), len(keys)))]
+    if path := settings.endpoints_filepath:
+        try:
+            lines = [line.partition("#")[0].split() for line in Path(path).read_text("utf-8-sig").splitlines()]
+        except (OSError, UnicodeError) as error:
+            raise UsageError(f"--endpoints_filepath {path} cannot be read ({error})") from None
+        for number, words in enumerate(lines, 1):
+            if words and not (2 <= len(words) <= 4 and all(map(NUMBER.fullmatch, words[2:]))):
+                form = "URL key_env requests_per_minute tokens_per_minute"
+                raise UsageError(f"--endpoints_filepath {path}, line {number}: a line is `{form}`; key_env may be -")
+        rows = list(filter(None, lines))
+    if not rows:
+        raise UsageError(f"--endpoints_filepath {path} names no endpoint; write one a line: `URL key_env rpm tpm`")
+    endpoints = []
+    for url, variable, *limits in rows:
+        requests, tokens = [*map(float, limits), *settings.budgets[len(limits) :]]
+        one = dataclasses.replace(settings, request_url=url, api_key_env=variable.removeprefix("-"))
+        endpoints.append(dataclasses.replace(one, max_requests_per_minute=requests, max_tokens_per_minute=tokens))
+    return endpoints
+
+
+def reread_limits(run: Run) -> None:
+    """Take over limits that were changed in --endpoints_filepath; what is wrong there changes nothing."""
+    rows, problem = {}, ""
+    try:
+        rows = {(row.request_url, row.api_key_env): row for row in each_endpoint(run.settings)}
+    except UsageError as error:
+        problem = str(error)
+    if problem and problem != run.limits_problem:
+        LOGGER.warning("%s. The limits stay as they were.", problem)
+    run.limits_problem = problem
+    for endpoint in run.endpoints:
+        row = rows.get((endpoint.settings.request_url, endpoint.settings.api_key_env))
+        if row and row.budgets != endpoint.settings.budgets:
+            endpoint.settings = row
+            endpoint.pacer.set_budgets(*row.budgets)
+            LOGGER.warning("%s: from now on %g requests and %g tokens a minute.", endpoint.name, *row.budgets)
+
+
 def make_endpoint(settings: Settings, secrets: Secrets) -> Endpoint:
     """Find the provider, its key and its rules; refuse what cannot work or is not safe."""
     host = None
@@ -1956,6 +2071,8 @@ def make_endpoint(settings: Settings, secrets: Secrets) -> Endpoint:
     url, private = urlunsplit(parts), is_private(host)
     provider = find_provider(url, settings.provider)
     names = [settings.api_key_env] if settings.api_key_env else provider.key_env
+    if not all(map(str.isidentifier, names)) or any(re.match(start, name) for start in KEY_STARTS for name in names):
+        raise UsageError("--api_key_env takes the name of a variable, and this looks like a key: `export NAME=...` it")
     keys = {"--api_key": settings.api_key} | {name: os.environ.get(name, "") for name in names}
     source, key = next(((source, key.strip()) for source, key in keys.items() if key.strip()), ("", ""))
     if not (key or private or settings.dry_run):
@@ -1985,7 +2102,7 @@ def make_endpoint(settings: Settings, secrets: Secrets) -> Endpoint:
     per_second, at_once = provider.per_second, provider.concurrency
     pacer = Pacer(*settings.budgets, allowed, settings.seconds_to_sleep_each_loop, per_second, at_once)
     shape, max_bytes = find_shape(parts.path, provider), int(settings.max_reply_megabytes * 2**20)
-    return Endpoint(url, provider, shape, key, headers, pacer, find_proxy(url, secrets), max_bytes, secrets)
+    return Endpoint(url, provider, shape, key, headers, pacer, find_proxy(url, secrets), max_bytes, secrets, settings)
 
 
 def is_private(host: str, *, loopback_only: bool = False) -> bool:
@@ -1997,9 +2114,9 @@ def is_private(host: str, *, loopback_only: bool = False) -> bool:
     return address.is_loopback or (address.is_private and not loopback_only)
 
 
-async def dry_run(settings: Settings, reader: Reader, endpoint: Endpoint) -> Tally:
+async def dry_run(settings: Settings, reader: Reader, endpoints: list[Endpoint]) -> Tally:
     """Read and count everything, print what a run would mean. Nothing is sent, locked or written."""
-    tally, learned = Tally(), LearnedTokens()
+    tally, learned, models = Tally(), LearnedTokens(), dict[str, list[int]]()
     while not reader.ended:
         request = reader.next(time.monotonic())
         if request is None:
@@ -2009,19 +2126,29 @@ async def dry_run(settings: Settings, reader: Reader, endpoint: Endpoint) -> Tal
             print(request.problem)
         else:
             cost = learned.cost(request.model, reader.estimate(request))
-            tally.read, tally.prompt_tokens = tally.read + 1, tally.prompt_tokens + cost.prompt
-            tally.output_tokens += cost.expected - cost.prompt
-    amounts = tally.read, tally.prompt_tokens + tally.output_tokens
-    minutes = max(amount / (budget or math.inf) for amount, budget in zip(amounts, settings.budgets, strict=True))
-    price = settings.price(tally.prompt_tokens, tally.output_tokens)
-    costs = f" Expected cost: {price:,.4f}." if price else ""
+            tally.read += 1
+            sums = models.setdefault(request.model, [0, 0, 0])
+            sums[:] = sums[0] + 1, sums[1] + cost.prompt, sums[2] + cost.expected - cost.prompt
+    tally.prompt_tokens, tally.output_tokens = (sum(sums[i] for sums in models.values()) for i in (1, 2))
+    amounts, budgets = (tally.read, tally.prompt_tokens + tally.output_tokens), total_budgets(endpoints)
+    minutes = max(amount / (budget or math.inf) for amount, budget in zip(amounts, budgets, strict=True))
     takes = f"The limits given take {duration(minutes * 60)} for that"
-    takes = takes if any(settings.budgets) else "No limits given: a run finds out"
+    takes = takes if any(budgets) else "No limits given: a run finds out"
     print(f"{tally.read:,} requests can be sent, {tally.bad_lines:,} lines cannot.")
     print(f"About {tally.prompt_tokens:,} tokens in and {tally.output_tokens:,} out (a guess until replies tell).")
-    print(f"{takes}; {endpoint.provider.name} limits {endpoint.provider.limits}.{costs}")
+    limits = {f"{endpoint.provider.name} limits {endpoint.provider.limits}": 0 for endpoint in endpoints}
+    print(f"{takes}; {'; '.join(limits)}.{expected_cost(settings, endpoints[0].url, models)}")
     tally.read, tally.exit_code = tally.read + tally.bad_lines, int(tally.bad_lines > 0)
     return tally
+
+
+class Repeatable(argparse.Action):
+    """A flag that may be repeated: its values, separated by spaces."""
+
+    def __call__(self, _: Any, namespace: argparse.Namespace, value: Any, __: Any = None) -> None:
+        """Add one value."""
+        known = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, value if known is self.default else f"{known} {value}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -2041,9 +2168,13 @@ def build_parser() -> argparse.ArgumentParser:
             more = {"action": "store_true"}
         elif isinstance(default, tuple):
             more = {"action": "append", "default": [], "metavar": "TEXT"}
+        elif knob.name in ("request_url", "api_key_env"):
+            more["action"] = Repeatable
         if "type" in more and default != "":
             text += f" (default: {default})".replace(".0)", ")")
-        groups[knob.metadata["station"]].add_argument(f"--{knob.name}", help=text, **more)
+        flag = groups[knob.metadata["station"]].add_argument(f"--{knob.name}", help=text, **more)
+        if knob.name.endswith("filepath"):  # for shtab, which makes the completion of shells from this parser
+            flag.complete = {"bash": "_shtab_compgen_files", "zsh": "_files"}  # type: ignore[attr-defined]
     return parser
 
 

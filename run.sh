@@ -195,16 +195,21 @@ CDPATH='' cd -- "$(dirname -- "$0")"
 venv=${VENV_DIR:-.venv} # set VENV_DIR in the environment to keep the packages elsewhere
 stop() { printf 'run.sh: %s\n' "$1" >&2; exit 2; }
 
-# The key: the one above, else the one in .env, whose lines are read and never run. Pasted quotes and blanks go.
+# The key: the one above, else the one in .env, whose lines are read and never run. Pasted quotes and blanks go. It is
+# exported, since every user of the machine can see arguments, but not the environment.
 clean() { LC_ALL=C tr -cd '[:graph:]' | tr -d "\"'"; }
 case $api_key_env in
-    '' | [0-9]* | *[!A-Za-z0-9_]*) stop "api_key_env is a NAME such as OPENAI_API_KEY; the key itself belongs into .env" ;;
+    '' | [0-9]* | *[!A-Za-z0-9_\ ]*) stop "api_key_env is a NAME such as OPENAI_API_KEY; the key itself belongs into .env" ;;
 esac
 api_key=$(printf %s "$api_key" | clean)
-if [ -z "$api_key" ] && [ -f .env ]; then
-    line="^[^A-Za-z_#]*\(export[[:space:]]\{1,\}\)\{0,1\}${api_key_env}[[:space:]]*="
-    api_key=$(LC_ALL=C sed -n -e 's/[[:space:]]#.*//' -e "s/$line//p" .env | tail -n 1 | clean)
-fi
+[ -z "$api_key" ] || export "${api_key_env%% *}=$api_key"
+for name in $api_key_env; do # several for several endpoints
+    line="^[^A-Za-z_#]*\(export[[:space:]]\{1,\}\)\{0,1\}${name}[[:space:]]*="
+    found=
+    [ ! -f .env ] || found=$(LC_ALL=C sed -n -e 's/[[:space:]]#.*//' -e "s/$line//p" .env | tail -n 1 | clean)
+    [ -z "$found" ] || { [ -n "$api_key" ] && [ "$name" = "${api_key_env%% *}" ]; } || export "$name=$found"
+    api_key=$api_key$found
+done
 
 # The packages: into a virtual environment of their own, once. The stamp is written last, so that an installation which
 # was broken off starts again, and holds what the installation depends on, so that a changed one is brought up to date.
@@ -263,7 +268,7 @@ if [ -z "$api_key" ] && [ "$request_url" = 'https://api.openai.com/v1/chat/compl
     rm -f "$port"
     requests_filepath=requests/example_200_chat.jsonl
     save_filepath=results/answers_of_the_local_stand_in.jsonl
-    api_key=local-stand-in
+    export "${api_key_env%% *}=local-stand-in"
     cat <<END
 No key in run.sh or .env: a local stand-in makes up the answers. Nothing leaves this machine, nothing is charged.
 To go live, write $api_key_env=<your key> into a file named .env here, and set request_url, api_key_env and
@@ -272,7 +277,6 @@ requests_filepath at the top of run.sh, or delete the # before the lines of your
 END
 fi
 
-[ -z "$api_key" ] || export "$api_key_env=$api_key" # every user of the machine can see arguments, but not the environment
 name=${requests_filepath##*/}
 # shellcheck disable=SC2086 # the flags are words
 exec "$python" api_request_parallel_processor.py --request_url "$request_url" --api_key_env "$api_key_env" \

@@ -62,7 +62,8 @@ def test_the_tally_adds_up(tmp_path: Path) -> None:
     usages = [line[1]["usage"] for line in played.lines[20:] if isinstance(line[1], dict)]
     assert tally.prompt_tokens == sum(usage["prompt_tokens"] for usage in usages)
     assert tally.output_tokens == sum(usage["completion_tokens"] for usage in usages)
-    assert tally.spent == pytest.approx((tally.prompt_tokens + 2 * tally.output_tokens) / 1e6)
+    told = (tally.prompt_tokens + 2 * tally.output_tokens) / 1e6
+    assert told < tally.spent < told + 600e-6 * tally.answer_lost  # of a lost answer what was expected
 
 
 def test_a_tally_is_what_python_callers_get(tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ DESIGN = """
     requests_filepath save_filepath request_url api_key max_requests_per_minute max_tokens_per_minute
     seconds_to_sleep_each_loop token_encoding_name max_attempts logging_level max_concurrent_requests request_timeout
     provider request_header save_details restart limit dry_run progress give_up_minutes max_reply_megabytes
-    allow_plain_http input_price output_price max_cost ignore_batch version api_key_env help
+    allow_plain_http input_price output_price max_cost ignore_batch version api_key_env help endpoints_filepath
+    cached_input_price
 """
 NOWHERE = "http://127.0.0.1:9/v1/chat/completions"
 

@@ -336,16 +336,50 @@ def test_at_most_so_many_in_flight(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("output_tokens", "number"), [(16, 400), (900, 20)])
 def test_no_more_is_spent_than_allowed(tmp_path: Path, output_tokens: int, number: int) -> None:
-    """With caps in the requests --max_cost holds, however much longer the answers are than expected."""
+    """--max_cost is used and holds, however much longer the answers are than expected before there is one."""
     options = Options(latency=1, completion_tokens=output_tokens)
     settings = {"input_price": 1.0, "output_price": 1000.0, "max_cost": 5.0}
     requests = chats(number, max_tokens=900)
     played = play(tmp_path, requests, options, **settings)
     assert played.tally.exit_code == 3
-    assert 3.0 < played.tally.spent <= settings["max_cost"]
+    price = output_tokens * settings["output_price"] / 1e6
+    assert settings["max_cost"] - 1.1 * price < played.tally.spent <= settings["max_cost"]
     assert "--max_cost" in played.tally.stop_reason
     assert all(map(succeeded, played.lines))
     assert play(tmp_path, requests, options).tally.exit_code == 0
+
+
+def test_more_than_the_whole_allowance_at_worst_is_tried_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A generous cap does not keep a run from spending what it may; what answers cost is learned from the first."""
+    caplog.set_level("INFO", "api_request_parallel_processor")
+    options = Options(latency=1, completion_tokens=16)
+    settings = {"input_price": 1.0, "output_price": 1000.0, "max_cost": 1.0}
+    played = play(tmp_path, chats(100, max_tokens=10_000), options, **settings)
+    assert played.tally.exit_code == 3
+    assert 0.9 < played.tally.spent <= 1.0
+    assert " of about 1." in caplog.text  # what the whole file would have cost
+
+
+def test_what_is_spent_beyond_the_allowance_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Answers that vary overshoot by their difference from what was expected, at most; the summary says so."""
+    caplog.set_level("INFO", "api_request_parallel_processor")
+    options = Options(latency=1, completion_tokens=400, completion_spread=1.5)
+    settings = {"input_price": 1.0, "output_price": 1000.0, "max_cost": 5.0}
+    played = play(tmp_path, chats(100), options, **settings)
+    assert played.tally.exit_code == 3
+    longest = max(line[1]["usage"]["completion_tokens"] for line in played.lines)
+    assert played.tally.spent < 5.0 + played.stats.max_in_flight * longest * settings["output_price"] / 1e6
+    assert (played.tally.spent > 5.0) == ("longer than expected" in caplog.text)
+
+
+def test_cached_tokens_have_a_price_of_their_own(tmp_path: Path) -> None:
+    """They are part of the input, and cheaper where --cached_input_price says so."""
+    prices = {"input_price": 1000.0, "output_price": 0.0, "cached_input_price": 100.0}
+    played = play(tmp_path, chats(10), Options(cached_tokens=5), **prices)
+    assert played.tally.cached_tokens == 50
+    assert played.tally.spent == pytest.approx((1000 * (played.tally.prompt_tokens - 50) + 100 * 50) / 1e6)
 
 
 # ---- resuming within one process -------------------------------------------------------------------------------------
