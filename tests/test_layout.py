@@ -177,11 +177,11 @@ def test_workflows_use_what_is_public(source: str) -> None:
             for alias in node.names
             if alias.name == PROGRAM.stem
         }
-        for node in nodes:
-            if isinstance(node, ast.ImportFrom) and node.module == PROGRAM.stem:
-                used |= {alias.name: path.name for alias in node.names}
-            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
-                used[node.attr] = path.name
+        for found in nodes:
+            if isinstance(found, ast.ImportFrom) and found.module == PROGRAM.stem:
+                used |= {alias.name: path.name for alias in found.names}
+            elif isinstance(found, ast.Attribute) and isinstance(found.value, ast.Name) and found.value.id in aliases:
+                used[found.attr] = path.name
     assert not {name: place for name, place in used.items() if name not in ast.literal_eval(public)}
 
 
