@@ -159,11 +159,11 @@ def test_imports(source: str) -> None:
 def test_workflows_use_what_is_public(source: str) -> None:
     """Whatever workflows/ take from the single file stands in `__all__`, and all that stands there is defined."""
     defined: set[str] = set()
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            defined.add(node.name)
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    for statement in ast.parse(source).body:
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            defined.add(statement.name)
+        elif isinstance(statement, ast.Assign | ast.AnnAssign):
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
             defined |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
     [public] = re.findall(r"^__all__ = (\[.*?\])", source, flags=re.MULTILINE | re.DOTALL)
     assert set(ast.literal_eval(public)) <= defined

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -18,11 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from api_request_parallel_processor import UsageError
+from api_request_parallel_processor import UsageError, locked
 from tests.local_batches import Batches, BatchOptions, Response, answer, reply, serving
-from workflows import _batch_providers, _run, provider_batch
+from workflows import _batch_providers as providers
+from workflows import _run, provider_batch
+from workflows._batch_client import Stopped
+from workflows._batch_jobs import Jobs
 from workflows._batch_ledger import Ledger, Part
 from workflows._batch_providers import TRANSPORTS, check_window, find_target, held_open_url, window_hours
+from workflows.provider_batch import Batch
 
 if TYPE_CHECKING:
     from workflows._batch_providers import Transport
@@ -367,7 +372,7 @@ def test_finish_live(tmp_path: Path) -> None:
 @live
 def test_live_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job that takes too long is cancelled, what it has done is kept, the rest is sent live."""
-    monkeypatch.setattr(_batch_providers, "window_hours", lambda text: 24 if text == "24h" else 0.05 / 3600)
+    monkeypatch.setattr(providers, "window_hours", lambda text: 24 if text == "24h" else 0.05 / 3600)
     with World(tmp_path, seconds=2.0).serving(live_answers) as world:
         world.write(4)
         assert world.run("--live_after", "1h") == 0
@@ -397,6 +402,88 @@ def test_results_that_came_meanwhile_are_not_recorded_twice(tmp_path: Path) -> N
         assert world.run() == 0
     assert len(world.lines()) == 2
     assert world.lines()[0][1] == {"choices": ["live"]}
+
+
+def answered(world: World, *numbers: int) -> None:
+    """Add results as a live run would have written them meanwhile."""
+    lines = [json.dumps([world.body(f"q{number}"), {"choices": ["live"]}, {"id": number}]) for number in numbers]
+    world.results.write_text(world.results.read_text() + "".join(f"{line}\n" for line in lines))
+
+
+@pytest.mark.parametrize("done", [1, 3])
+def test_what_a_live_run_finished_before_the_submission_is_not_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
+) -> None:
+    """A part that was uploaded but not submitted loses what has a success since; the rest is submitted."""
+    with World(tmp_path).serving() as world:
+        world.write(3)
+        with monkeypatch.context() as patch:
+            patch.setattr(Jobs, "make", stopped)
+            assert world.run(command="create") == 3
+        assert world.ledger()["jobs"][0]["state"] == "uploaded"
+        answered(world, *range(done))
+        assert world.run() == 0
+    assert sum(world.batches.submitted.values()) == 3 - done
+    assert world.outcomes() == ["ok"] * 3
+
+
+async def stopped(*_: Any) -> None:
+    """Stand for an interruption."""
+    raise Stopped("interrupted")
+
+
+def test_parts_wait_while_somebody_else_works_on_the_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is submitted while another process writes the results, and then without what that one finished."""
+    small(monkeypatch, "openai", lines=2)
+    tell, collect, locks = Batch.tell, Batch.collect, contextlib.ExitStack()
+    told: list[Batch] = []
+    turns: list[Batch] = []
+
+    def tell_first(batch: Batch) -> None:
+        tell(batch)
+        if not told:
+            locks.enter_context(locked(Path(f"{world.results}.lock")))
+        told.append(batch)
+
+    async def collect_later(batch: Batch) -> bool:
+        turns.append(batch)
+        if len(turns) == 2:
+            answered(world, 0, 1, 4)
+            locks.close()
+        return await collect(batch)
+
+    monkeypatch.setattr(Batch, "tell", tell_first)
+    monkeypatch.setattr(Batch, "collect", collect_later)
+    with World(tmp_path).serving() as world, locks:
+        world.write(6)
+        assert world.run() == 0
+    assert list(world.batches.submitted.values()) == [1, 1, 1]
+    assert world.outcomes() == ["ok"] * 6
+    assert "is writing these results" in capsys.readouterr().err
+
+
+def test_equal_requests_beside_a_live_run(tmp_path: Path) -> None:
+    """Of five equal requests two were answered live while the job was open: three of its answers are still wanted."""
+    with World(tmp_path).serving() as world:
+        world.write_lines([{**world.body("q7"), "metadata": {"id": 7}}] * 5)
+        assert world.run(command="create") == 0
+        answered(world, 7, 7)
+        assert world.run() == 0
+    assert [line[1]["choices"] == ["live"] for line in world.lines()].count(True) == 2
+    assert len(world.lines()) == 5
+
+
+def test_asking_for_the_status_changes_nothing(tmp_path: Path) -> None:
+    """Status and list leave the ledger alone: another process may be writing it."""
+    with World(tmp_path).serving() as world:
+        world.write(2)
+        assert world.run(command="create") == 0
+        before = world.ledger()
+        assert world.run(command="status") == 0
+        assert world.run(command="list") == 0
+        assert world.ledger() == before
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -20,7 +21,7 @@ from api_request_parallel_processor import (
     dumps,
     judge,
     loads,
-    read_result,
+    locked,
 )
 from workflows import _batch_providers as providers
 from workflows._batch_client import JSON_TYPE, Client, Stopped
@@ -38,12 +39,11 @@ from workflows._batch_ledger import (
     Part,
     Requests,
 )
+from workflows._batch_parts import requests_of, room_for
 from workflows._batch_providers import CANCELLED, DONE, EXPIRED, FAILED, QUEUE_FULL, RUNNING, Job
 from workflows._replies import as_dict
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from workflows._batch_providers import Target
 
 CLOCK_SLACK = 600.0  # seconds that the provider's clock and ours may differ
@@ -59,11 +59,6 @@ ENDS = {
 NOT_RUN = ("expired", "cancel")  # in the code of an error: nobody looked at this request
 
 
-def size_of(path: Path) -> int:
-    """Bytes of a file."""
-    return path.stat().st_size
-
-
 @dataclass
 class Jobs:
     """The jobs of one ledger at one provider."""
@@ -76,6 +71,7 @@ class Jobs:
     settle_seconds: float
     resubmit: bool = False
     queue_full: bool = False  # until a job ends
+    returned: bool = False  # requests of a job are to be split anew
     looks: Counter[str] = field(default_factory=Counter)  # at jobs without results, or that are not there
 
     def row(self, part: Part) -> Target:
@@ -90,9 +86,19 @@ class Jobs:
     # ---- submit
 
     async def submit(self, part: Part) -> None:
-        """Upload a part and make its job; each step stands in the ledger before and after it."""
+        """Upload a part and make its job, unless somebody else is writing results, or did since it was split off."""
         if part.state in (PREPARED, UPLOADING):
             await self.upload(part)
+        try:
+            with locked(Path(f"{self.results_path}.lock")):
+                self.ledger.look_for_others()
+                if not part.overtaken:
+                    await self.make(part)
+        except UsageError as busy:
+            LOGGER.warning("%s waits: %s", part.name, busy)
+
+    async def make(self, part: Part) -> None:
+        """Make the job of an uploaded part; each step stands in the ledger before and after it."""
         part.submitted = time.time()
         part.move(SUBMITTING)
         self.ledger.save()
@@ -271,12 +277,14 @@ class Jobs:
             LOGGER.warning("%s: its results are there, but %s", part.name, busy)
             return False
         try:
-            collector = Collector(self, part, job, results)
+            collector = Collector(self, part, job, results, self.room_for(part, results))
+            part.move(COLLECTING)
+            self.ledger.save()
             whole = await collector.run()
             results.finish(whole=whole, limited=True)
         finally:
             results.close()
-        self.ledger.results_bytes = -1 if collector.others_wrote else size_of(results.path)
+        self.ledger.leave_results()
         if not whole:
             part.move(UNCLEAR)
             self.ledger.save()
@@ -285,8 +293,18 @@ class Jobs:
         part.done, part.failed = collector.succeeded, collector.failed
         LOGGER.info("%s: collected, %s succeeded, %s failed", part.name, f"{part.done:,}", f"{part.failed:,}")
         self.ledger.close(part, RETURNED if collector.returned else COLLECTED)
+        self.returned = self.returned or collector.returned > 0
         self.queue_full = False
         return True
+
+    def room_for(self, part: Part, results: ResultsFile) -> Counter[bytes] | None:
+        """What is still wanted of a part of which somebody else or an interrupted collection may have recorded some."""
+        self.ledger.look_for_others()
+        if not (part.overtaken or part.state == COLLECTING):
+            return None
+        path = Path(self.requests_path)
+        requests = requests_of(path, self.client.endpoint) if path.is_file() else iter(())
+        return room_for(part, self.ledger, self.target, results, requests)
 
 
 @dataclass
@@ -297,16 +315,15 @@ class Collector:
     part: Part
     job: Job
     results: ResultsFile
+    room: Counter[bytes] | None  # result lines that are still wanted, by request; None = all
     succeeded: int = 0
     failed: int = 0
     returned: int = 0  # left without a line: the provider never looked at them
     strangers: int = 0
-    before: Counter[bytes] = field(default_factory=Counter)  # what an interrupted collection has recorded already
-    others_wrote: bool = False  # somebody else wrote results since: do not record a success twice
+    late: list[tuple[int, Any]] = field(default_factory=list)  # failures, while successes come first
 
     async def run(self) -> bool:
         """Record everything; False if nothing in the output is ours."""
-        self.find_start()
         frame = providers.line_frame(self.jobs.row(self.part))
         with Requests(self.jobs.ledger, self.part, frame) as self.requests:
             self.seen = bytearray(len(self.requests))
@@ -317,21 +334,9 @@ class Collector:
             if self.strangers and not any(self.seen):
                 return False
             self.finish()
+            for number, outcome in self.late:
+                self.write(number, outcome, late=True)
         return True
-
-    def find_start(self) -> None:
-        """Note in the ledger where the results begin, or find what was recorded from there on before a crash."""
-        part, ledger = self.part, self.jobs.ledger
-        size = size_of(self.results.path)
-        if part.state == COLLECTING and size >= part.results_bytes:
-            with self.results.path.open("rb") as file:
-                file.seek(part.results_bytes)
-                self.before.update(found[0] for line in file if (found := read_result(line)) and found[1])
-            return
-        self.others_wrote = size != ledger.results_bytes
-        part.results_bytes = size
-        part.move(COLLECTING)
-        ledger.save()
 
     async def download(self, file: str) -> None:
         """Take the lines of a result file; after a lost connection from its beginning, what is there is skipped."""
@@ -409,18 +414,22 @@ class Collector:
         batch = self.part.id or self.part.name
         self.write(number, [{"attempt": 1, "kind": kind, **told, "response": response, "batch": batch}])
 
-    def write(self, number: int, outcome: Any) -> None:
+    def write(self, number: int, outcome: Any, *, late: bool = False) -> None:
         """Queue the result line of a request, unless it has one."""
-        key, body, metadata = self.requests.read(number)
         failed = isinstance(outcome, list)
+        if failed and self.room is not None and not late:
+            self.late.append((number, outcome))
+            return
+        key, body, metadata = self.requests.read(number)
+        self.results.take(key)  # its failed lines of earlier are replaced
+        if self.room is not None:
+            if not self.room[key]:
+                return
+            self.room[key] -= 1
         self.succeeded, self.failed = self.succeeded + (not failed), self.failed + failed
-        finished = self.results.take(key)
-        if self.before and self.before[key] and not failed:
-            self.before[key] -= 1
-        elif not (finished and self.others_wrote):
-            tail = b"," + metadata if metadata != b"null" else b""
-            line = b"[%b,%b%b]\n" % (body, dumps(outcome), tail)
-            self.results.queue += line  # as `write` does, without parsing the body again
+        tail = b"," + metadata if metadata != b"null" else b""
+        line = b"[%b,%b%b]\n" % (body, dumps(outcome), tail)
+        self.results.queue += line  # as `write` does, without parsing the body again
 
     def finish(self) -> None:
         """Give every request without a line its reason, or give it back if the batch was refused for other lines."""

@@ -27,6 +27,7 @@ PREPARED, UPLOADING, UPLOADED, SUBMITTING, SUBMITTED, COLLECTING, UNCLEAR = OPEN
     "collecting",
     "unclear",  # cannot be found at the provider: the user decides
 )
+UNSENT = (PREPARED, UPLOADING, UPLOADED)
 COLLECTED, RETURNED, DROPPED = CLOSED = ("collected", "returned", "dropped")
 
 
@@ -55,9 +56,9 @@ class Part:
     provider: str = ""
     hours: int = 24
     submitted: float = 0.0  # seconds since the epoch
-    results_bytes: int = 0  # size of the results file when collecting began
     past: list[str] = field(default_factory=list)  # jobs that failed as a whole: never ours again
     cancelling: bool = False
+    overtaken: bool = False  # somebody else wrote results while it was open, perhaps of its requests
 
     def move(self, state: str) -> None:
         """Change the state; `open` follows."""
@@ -67,16 +68,17 @@ class Part:
 class Ledger:
     """The file <results>.batch.json with the jobs, and the folder <results>.batch with what they were made of."""
 
-    def __init__(self, results_path: Path) -> None:
-        """Read the ledger if there is one; UsageError if it is none."""
+    def __init__(self, results_path: Path, *, read_only: bool = False) -> None:
+        """Read the ledger if there is one; UsageError if it is none. read_only: somebody else may be writing it."""
         self.path = Path(f"{results_path}.batch.json")
         self.folder = Path(f"{results_path}.batch")
+        self.results_path, self.read_only = results_path, read_only
         self.parts: list[Part] = []
-        self.results_bytes = -1  # size of the results file as this program left it; -1 = somebody else wrote since
+        self.left = (0, 0)  # the results file as this program left it, see `state_of`
         known = {item.name for item in fields(Part)}
         try:
             content = json.loads(self.path.read_bytes())
-            self.results_bytes = content["results_bytes"]
+            self.left = (content["results_bytes"], content.get("results_changed", 0))
             self.parts = [Part(**{name: job[name] for name in known & job.keys()}) for job in content["jobs"]]
         except FileNotFoundError:
             pass
@@ -88,7 +90,10 @@ class Ledger:
 
     def save(self) -> None:
         """Write the ledger: at once or not at all, and on the disk when this returns."""
-        content = {"version": 1, "results_bytes": self.results_bytes, "jobs": [asdict(part) for part in self.parts]}
+        if self.read_only:
+            return
+        results = {"results_bytes": self.left[0], "results_changed": self.left[1]}
+        content = {"version": 1, **results, "jobs": [asdict(part) for part in self.parts]}
         temporary = Path(f"{self.path}.new")
         with open(temporary, "wb", opener=private) as file:
             file.write(json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
@@ -110,9 +115,21 @@ class Ledger:
         self.save()
         self.sweep()
 
-    def drop_prepared(self) -> None:
-        """Forget what never left this machine: it is split anew."""
-        self.parts = [part for part in self.parts if part.state != PREPARED]
+    def look_for_others(self) -> None:
+        """Mark the open parts as overtaken if somebody else wrote results since this program did."""
+        if state_of(self.results_path) != self.left:
+            for part in self.open_parts():
+                part.overtaken = True
+
+    def leave_results(self) -> None:
+        """Remember the results file as it is now, written by this program."""
+        self.left = state_of(self.results_path)
+        self.save()
+
+    def drop_unsent(self) -> None:
+        """Forget what is to be split anew: it never left this machine, or was overtaken before it was submitted."""
+        stale = [part for part in self.open_parts(*UNSENT) if part.overtaken or part.state == PREPARED]
+        self.parts = [part for part in self.parts if part not in stale]
         self.save()
         self.sweep()
 
@@ -125,6 +142,12 @@ class Ledger:
                     path.unlink()
             if not needed:
                 shutil.rmtree(self.folder)
+
+
+def state_of(path: Path) -> tuple[int, int]:
+    """Bytes of a file and when it was changed, in nanoseconds: tells whether somebody wrote to it."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 class Requests:

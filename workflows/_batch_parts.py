@@ -140,7 +140,7 @@ class Splitter:
         self.ledger.save()
 
 
-def requests_of(path: Path, endpoint: Endpoint, limit: int) -> Iterator[Request]:
+def requests_of(path: Path, endpoint: Endpoint, limit: float = math.inf) -> Iterator[Request]:
     """Give the requests of a file, one by one; bad lines have a `problem`."""
     if not path.is_file():
         raise UsageError(f"the request file {path} is no regular file; a batch needs one that can be read twice")
@@ -194,6 +194,21 @@ def open_identities(ledger: Ledger, target: Target) -> Counter[bytes]:
     for part in ledger.open_parts():
         found.update(identities(ledger, part, line_frame(target.for_model(part.model))))
     return found
+
+
+def room_for(
+    part: Part, ledger: Ledger, target: Target, results: ResultsFile, in_file: Iterator[Request]
+) -> Counter[bytes]:
+    """How many result lines are still wanted for each request of a part: as many as it occurs, without its successes.
+
+    in_file: the request file. What is no longer in it is wanted as often as the part holds it.
+    """
+    held = Counter(identities(ledger, part, line_frame(target.for_model(part.model))))
+    wanted = held | Counter(request.identity for request in in_file if request.identity in held)
+    for key in wanted:
+        while wanted[key] and results.take(key):
+            wanted[key] -= 1
+    return wanted
 
 
 def failed_in_batches(results_path: Path) -> set[bytes]:

@@ -25,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import math
 import os
 import re
 import shutil
@@ -52,17 +53,14 @@ from api_request_parallel_processor import (
 from workflows import _batch_providers as providers
 from workflows import _files, _run
 from workflows._batch_client import Client, Stopped
-from workflows._batch_jobs import Jobs, size_of
+from workflows._batch_jobs import Jobs
 from workflows._batch_ledger import (
     COLLECTING,
     DROPPED,
-    PREPARED,
-    RETURNED,
     SUBMITTED,
     SUBMITTING,
     UNCLEAR,
-    UPLOADED,
-    UPLOADING,
+    UNSENT,
     Ledger,
     Part,
 )
@@ -162,24 +160,23 @@ class Batch:
         """Split what is neither finished nor open into parts; the results file is locked only for that long."""
         options, ledger = self.options, self.ledger
         providers.check_window(self.target.transport, self.hours)
-        ledger.drop_prepared()
         self.plan = Plan()
         name = re.sub(r"[^A-Za-z0-9_.-]+", "_", options.job_name or Path(options.requests_filepath).stem)[:40]
         common = {"request_url": options.request_url, "provider": self.endpoint.provider.name, "hours": self.hours}
         splitter = Splitter(ledger, self.target, name, common, self.plan)
-        requests = requests_of(Path(options.requests_filepath), self.endpoint, options.limit or sys.maxsize)
+        requests = requests_of(Path(options.requests_filepath), self.endpoint, options.limit or math.inf)
         results = ResultsFile(str(self.results_path), options.requests_filepath)
-        ours = not ledger.open_parts() or size_of(results.path) == ledger.results_bytes
         try:
             for notice in results.notices:
                 LOGGER.warning("%s", notice)
+            ledger.look_for_others()
+            ledger.drop_unsent()
+            self.jobs.returned = False
             split(requests, results, splitter, self.endpoint, resubmit=options.resubmit)
             results.finish(whole=False)
         finally:
             results.close()
-        if not ledger.open_parts(COLLECTING):
-            ledger.results_bytes = size_of(results.path) if ours else -1
-        ledger.save()
+        ledger.leave_results()
 
     def tell(self) -> None:
         """Say what is about to be sent, what it saves, and when a batch does not pay."""
@@ -209,7 +206,7 @@ class Batch:
             if part.state == SUBMITTING or part.tag not in self.settled:
                 self.settled.add(part.tag)
                 await self.jobs.settle(part)
-        for part in self.ledger.open_parts(PREPARED, UPLOADING, UPLOADED):
+        for part in self.ledger.open_parts(*UNSENT):
             if not self.jobs.queue_full:
                 await self.jobs.submit(part)
 
@@ -218,8 +215,10 @@ class Batch:
     async def drive(self) -> None:
         """Submit, watch and collect until no job is open. Stopped if only unclear ones are left."""
         interval = self.options.poll_seconds
-        while self.ledger.open_parts():
+        while self.ledger.open_parts() or self.jobs.returned:
             before = [(part.state, part.word, part.done) for part in self.ledger.parts]
+            if self.jobs.returned or any(part.overtaken for part in self.ledger.open_parts(*UNSENT)):
+                self.split_again()
             await self.submit_all()
             moved = await self.collect()
             left = self.ledger.open_parts()
@@ -227,9 +226,18 @@ class Batch:
                 raise Stopped(f"{len(left)} jobs cannot be found at the provider: --resubmit sends them again.")
             changed = before != [(part.state, part.word, part.done) for part in self.ledger.parts]
             interval = self.options.poll_seconds if changed else interval * POLL_GROWTH
-            if left and not moved:
+            if not moved and (left or self.jobs.returned):
                 await asyncio.sleep(min(interval, max(LONGEST_POLL_SECONDS, self.options.poll_seconds)))
                 self.jobs.queue_full = False  # ask again, once in a while
+
+    def split_again(self) -> None:
+        """Split what has changed since: somebody else finished some of it, or the provider returned it."""
+        try:
+            self.prepare()
+        except UsageError as busy:
+            LOGGER.warning("What is left waits: %s", busy)
+        else:
+            self.tell()
 
     async def collect(self) -> bool:
         """Look at every submitted job, collect those that have ended; tells whether one was."""
@@ -253,15 +261,11 @@ class Batch:
     async def run(self) -> int:
         """Create, wait, collect, and finish live if that is wanted."""
         before = {part.tag for part in self.ledger.parts if not part.open}
-        while True:
-            returned = sum(part.state == RETURNED for part in self.ledger.parts)
-            self.prepare()
-            self.tell()
-            if self.options.dry_run:
-                return 0
-            await self.drive()
-            if sum(part.state == RETURNED for part in self.ledger.parts) == returned:
-                break
+        self.prepare()
+        self.tell()
+        if self.options.dry_run:
+            return 0
+        await self.drive()
         mine = [part for part in self.ledger.parts if part.tag not in before]
         failed = self.plan.failed_before + self.plan.unfit + sum(part.failed for part in mine)
         LOGGER.info("The results are in %s.", self.results_path)
@@ -280,8 +284,8 @@ class Batch:
         self.prepare()
         self.tell()
         await self.submit_all()
-        if waiting := len(self.ledger.open_parts(PREPARED, UPLOADED)):
-            LOGGER.info("%d parts wait for room in the provider's queue; `run` sends them when there is.", waiting)
+        if waiting := len(self.ledger.open_parts(*UNSENT)):
+            LOGGER.info("Parts that wait: %d. `run` submits them as soon as that is possible.", waiting)
         self.show()
         return 3 if self.ledger.open_parts(UNCLEAR) else 0
 
@@ -360,7 +364,7 @@ def copied(results_path: Path, folder: Path) -> Path:
     """Copy results and ledger, so that a dry run can do as it likes."""
     for path in results_path.parent.glob(f"{results_path.name}*"):
         if path == results_path or path.name.endswith(".batch.json"):
-            shutil.copy(path, folder)
+            shutil.copy2(path, folder)  # its time, too: the ledger knows it
         elif path.name.endswith(".batch"):
             shutil.copytree(path, folder / path.name)
     return folder / results_path.name
@@ -381,7 +385,7 @@ async def with_batch(options: Options, act: Callable[[Batch], Awaitable[int]], *
             results_path = copied(results_path, Path(stack.enter_context(TemporaryDirectory())))
         elif alone and (options.requests_filepath or options.save_filepath):
             stack.enter_context(locked(Path(f"{results_path}.batch.json.lock")))
-        ledger = Ledger(results_path)
+        ledger = Ledger(results_path, read_only=not alone)
         urls = {part.request_url for part in ledger.open_parts()} - {options.request_url}
         if urls:
             raise UsageError(
