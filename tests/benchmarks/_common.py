@@ -7,6 +7,8 @@ the file of the checkout is edited meanwhile.
 from __future__ import annotations
 
 import contextlib
+import gzip
+import hashlib
 import json
 import os
 import signal
@@ -30,6 +32,7 @@ PROGRAM = Path(os.environ.get("PROGRAM") or ROOT / "api_request_parallel_process
 PROVIDER = ROOT / "tests" / "local_provider.py"
 BARE_LOOP = ROOT / "tests" / "benchmarks" / "bare_loop.py"
 CHAT = "/v1/chat/completions"
+VOCABULARIES = "https://openaipublic.blob.core.windows.net/encodings"
 UNIT_OF_MAXRSS = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
 CLIENT_CORE, SERVER_CORE = CORES[0], CORES[-1]
@@ -270,6 +273,19 @@ def identity_of_line(line: str) -> str:
             metadata = body.pop("metadata", None)
             return identity(body, metadata)
     return identity(line.strip())
+
+
+def unpack_vocabulary(folder: Path, *names: str) -> dict[str, str]:
+    """Put vocabularies where tiktoken looks for them, so that nobody needs a network; gives the environment to use."""
+    import bpe_openai
+
+    place = folder / "vocabulary"
+    place.mkdir(exist_ok=True)
+    for name in names or ("o200k_base",):
+        packed = Path(bpe_openai.__file__).parent / "data" / f"{name}.tiktoken.gz"
+        key = hashlib.sha1(f"{VOCABULARIES}/{name}.tiktoken".encode(), usedforsecurity=False).hexdigest()
+        (place / key).write_bytes(gzip.decompress(packed.read_bytes()))
+    return {"TIKTOKEN_CACHE_DIR": str(place)}
 
 
 @contextlib.contextmanager

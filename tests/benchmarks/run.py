@@ -22,8 +22,6 @@ resume      CPU time of reading all those results again (a run with --limit 1, l
 from __future__ import annotations
 
 import argparse
-import gzip
-import hashlib
 import itertools
 import statistics
 import sys
@@ -52,6 +50,7 @@ from tests.benchmarks._common import (
     short_chat,
     table,
     temporary_folder,
+    unpack_vocabulary,
     write_chats,
     write_lines,
 )
@@ -62,7 +61,6 @@ if TYPE_CHECKING:
 Row = tuple[str, str, str, str]  # what, measured, goal, how
 WORKERS = 64
 FEW_REQUESTS = 10_000
-O200K = "https://openaipublic.blob.core.windows.net/encodings/o200k_base.tiktoken"
 LOAD_ALL = """
 import aiohttp, tiktoken, time
 tiktoken.get_encoding("o200k_base").encode("hello")
@@ -104,18 +102,8 @@ class Bench:
 
     def __init__(self, folder: Path, provider: Provider, requests: int, rounds: int) -> None:
         self.folder, self.provider, self.requests, self.rounds = folder, provider, requests, rounds
-        self.env = {"TIKTOKEN_CACHE_DIR": str(folder / "vocabulary")}
+        self.env = unpack_vocabulary(folder)
         self.results = folder / "many_results.jsonl"
-        self._unpack_vocabulary()
-
-    def _unpack_vocabulary(self) -> None:
-        """Put the vocabulary where tiktoken looks for it, so that the yardstick needs no network either."""
-        import bpe_openai
-
-        data = gzip.decompress((Path(bpe_openai.__file__).parent / "data" / "o200k_base.tiktoken.gz").read_bytes())
-        folder = self.folder / "vocabulary"
-        folder.mkdir()
-        (folder / hashlib.sha1(O200K.encode(), usedforsecurity=False).hexdigest()).write_bytes(data)
 
     def start(
         self, words: list[object], env: dict[str, str] | None = None, *, core: int | None = CLIENT_CORE
