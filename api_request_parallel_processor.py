@@ -3,10 +3,13 @@
 # requires-python = ">=3.11"
 # dependencies = ["aiohttp>=3.13", "tiktoken>=0.13"]
 # ///
-"""Process a file of LLM API requests in parallel, as fast as your rate limits allow.
+r"""Process a file of LLM API requests in parallel, as fast as your rate limits allow.
 
     export OPENAI_API_KEY=...
     python api_request_parallel_processor.py --requests_filepath requests/openai_chat.jsonl --max_requests_per_minute 60
+    python api_request_parallel_processor.py --requests_filepath requests/openai_chat.jsonl --dry_run
+    python api_request_parallel_processor.py --requests_filepath requests/openai_chat.jsonl \
+        --request_url http://127.0.0.1:8000/v1 --max_requests_per_minute 0 --max_tokens_per_minute 0
 
 One line in: the body to send, with an optional "metadata" that is not sent. One line out, success or failure:
     {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "What is 2+3?"}], "metadata": {"id": 7}}
@@ -59,6 +62,7 @@ import ssl
 import stat
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import urllib.request
@@ -1741,6 +1745,7 @@ class ResultsFile:
 # ==== 7 report: counts, progress, summary =============================================================================
 
 PROGRESS = {"bar": 0.25, "lines": 5.0, "none": math.inf}  # seconds between two looks
+WIDTH = 76  # of the bar: a terminal that is made narrower than its lines breaks them
 
 
 @dataclass(slots=True)
@@ -1824,9 +1829,10 @@ class Reporter:
         if self.live:
             from rich import console, progress_bar
 
-            bar = progress_bar.ProgressBar(total, tally.finished_before + done)
+            bar = progress_bar.ProgressBar(total, tally.finished_before + done, width=WIDTH)
+            lines = "\n".join(["", *textwrap.wrap(text, WIDTH)])  # a bar ends without a line break
             try:
-                self.live.update(console.Group(bar, f"\n{text}"), refresh=True)  # a bar ends without a line break
+                self.live.update(console.Group(bar, lines), refresh=True)
             except OSError:  # the terminal is gone
                 self.close()
         elif len(self.history) > 1:

@@ -325,3 +325,20 @@ def test_importing_it_does_nothing() -> None:
         [sys.executable, "-W", "error", "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
     assert (done.stdout.strip(), done.stderr) == (names, "")
+
+
+def test_shells_complete_flags_and_providers(tmp_path: Path) -> None:
+    """The completion that shtab makes from the parser works in bash."""
+    shtab = pytest.importorskip("shtab")
+    script = tmp_path / "completion.bash"
+    script.write_text(shtab.complete(program.build_parser(), "bash"))
+    [name] = set(re.findall(r"complete .*-F (\S+)", script.read_text()))
+
+    def complete(*words: str) -> list[str]:
+        given = " ".join(("COMP_WORDS=(x", *words, f"); COMP_CWORD={len(words)}; {name}; echo ${{COMPREPLY[@]}}"))
+        done = subprocess.run(["bash", "-c", f"source {script}; {given}"], capture_output=True, check=True, text=True)
+        return done.stdout.split()
+
+    assert "--max_requests_per_minute" in complete("--max")
+    assert complete("--provider", "deep") == ["deepinfra", "deepseek"]
+    assert complete("--requests_filepath", str(script)[:-2]) == [str(script)]
