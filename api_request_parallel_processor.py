@@ -1434,11 +1434,19 @@ def read_usage(body: Any, shape: str) -> Usage | None:
     row = SHAPES[shape]
     usage = only(dict, only(dict, body).get(row.usage))
     details = only(dict, usage.get("prompt_tokens_details") or usage.get("input_tokens_details"))
-    counts = {name: n for name, n in (details | usage).items() if type(n) is int and 0 < n < EPOCH}
-    prompt, output = (sum([counts.get(name, 0) for name in names.split()]) for names in (row.prompt, row.output))
-    prompt = prompt or max(0, counts.get("total_tokens", 0) - output)
-    cached = max([counts.get(name, 0) for name in CACHED])
+    prompt, output = count_in(usage, row.prompt), count_in(usage, row.output)
+    prompt = prompt or max(0, count_in(usage, ("total_tokens",)) - output)
+    cached = count_in(details, CACHED) or count_in(usage, CACHED)
     return Usage(prompt, output, min(cached, prompt)) if prompt or output else None
+
+
+def count_in(usage: dict[str, Any], names: tuple[str, ...]) -> int:
+    """Add up the counts of these names that are there and can be true."""
+    total = 0
+    for name in names:
+        if type(value := usage.get(name)) is int and 0 < value < EPOCH:
+            total += value
+    return total
 
 
 def retry_delay(attempt: int, rng: random.Random) -> float:
@@ -2222,12 +2230,12 @@ class Shape(NamedTuple):
     """What a family of endpoints takes and gives."""
 
     paths: str  # patterns of the paths that speak it
-    needs: str  # fields of a request, one of which it must have
+    needs: tuple[str, ...]  # fields of a request, one of which it must have
     answer: str  # the field that makes a reply an answer
     takes: Any = (str, list, dict)  # what the needed field may be; a list alone is one of objects
     usage: str = "usage"  # the field of a reply with its tokens
-    prompt: str = "prompt_tokens"  # fields of that, to be added up
-    output: str = "completion_tokens"
+    prompt: tuple[str, ...] = ("prompt_tokens",)  # fields of that, to be added up
+    output: tuple[str, ...] = ("completion_tokens",)
 
 
 class Provider(NamedTuple):
@@ -2253,19 +2261,19 @@ class Provider(NamedTuple):
 
 # fmt: off
 ANY = (str, list, dict)
-TOKENS = ("usage", "input_tokens cache_creation_input_tokens cache_read_input_tokens", "output_tokens")
+TOKENS = "usage", ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"), ("output_tokens",)
 SHAPES = {
-    "chat": Shape("*/chat/completions */gpt", "messages", "choices", list),
-    "completions": Shape("*/completions", "prompt", "choices"),
-    "embeddings": Shape("*/embeddings", "input", "data"),
-    "responses": Shape("*/responses", "input prompt", "output", ANY, *TOKENS),
-    "moderations": Shape("*/moderations", "input", "results"),
-    "anthropic": Shape("*/messages *:rawPredict */claude", "messages", "content", list, *TOKENS),
-    "gemini": Shape("*:generateContent", "contents", "candidates", list, "usageMetadata",
-        "promptTokenCount toolUsePromptTokenCount", "candidatesTokenCount thoughtsTokenCount"),
-    "dashscope": Shape("*/api/v1/services/*", "input", "output", dict, *TOKENS),
-    "deepinfra": Shape("*/v1/inference/*", "input inputs prompt", "inference_status", ANY, "inference_status",
-        "tokens_input", "tokens_generated")}
+    "chat": Shape("*/chat/completions */gpt", ("messages",), "choices", list),
+    "completions": Shape("*/completions", ("prompt",), "choices"),
+    "embeddings": Shape("*/embeddings", ("input",), "data"),
+    "responses": Shape("*/responses", ("input", "prompt"), "output", ANY, *TOKENS),
+    "moderations": Shape("*/moderations", ("input",), "results"),
+    "anthropic": Shape("*/messages *:rawPredict */claude", ("messages",), "content", list, *TOKENS),
+    "gemini": Shape("*:generateContent", ("contents",), "candidates", list, "usageMetadata",
+        ("promptTokenCount", "toolUsePromptTokenCount"), ("candidatesTokenCount", "thoughtsTokenCount")),
+    "dashscope": Shape("*/api/v1/services/*", ("input",), "output", dict, *TOKENS),
+    "deepinfra": Shape("*/v1/inference/*", ("input", "inputs", "prompt"), "inference_status", ANY, "inference_status",
+        ("tokens_input",), ("tokens_generated",))}
 KEY_STARTS = {"sk-ant-": "anthropic", "sk-or-": "openrouter", "gsk_": "groq", "AIza": "gemini", r"\w{32}\.": "zhipu"}
 OPENAI_CODES = {r"(insufficient_quota|credit_balance|billing)\w*|\w+(spend|usage)_limit\w*": "no_money",
     "slow_down": "rate_limit"}
@@ -2346,14 +2354,14 @@ def find_shape(path: str, provider: Provider) -> str:
 def check_request(body: dict[str, Any], shape: str, provider: Provider) -> str:
     """Why the endpoint cannot mean this request; "" if it can."""
     row = SHAPES[shape]
-    need = next((name for name in row.needs.split() if name in body), "")
+    need = next((name for name in row.needs if name in body), "")
     value = body.get(need)
-    plain = row.takes is list and not all(isinstance(item, dict) for item in only(list, value))
-    if plain or not isinstance(value, row.takes) or value in ([], {}):
-        other = next((r.paths.split()[0][1:] for r in SHAPES.values() if r.needs in body and not need), "")
+    fits = isinstance(value, row.takes) and value not in ([], {})
+    if not fits or (row.takes is list and not all(isinstance(item, dict) for item in only(list, value))):
+        other = next((r.paths.split()[0][1:] for r in SHAPES.values() if r.needs[0] in body and not need), "")
         looks = f"; this looks like a request for {other}" if other else ""
         wanted = {list: "a list of objects", dict: "an object"}.get(row.takes, "a text or a list")
-        return f'"{need or row.needs.split()[0]}" is missing or not {wanted}{looks}'
+        return f'"{need or row.needs[0]}" is missing or not {wanted}{looks}'
     streams = shape == "chat" and provider.name != "json_gateway"
     for name in ("stream", "background", "webhook"):
         if body.get(name) and not (streams and name == "stream"):
