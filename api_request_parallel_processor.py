@@ -1942,13 +1942,15 @@ def complain(text: str) -> None:
 
 
 async def process_api_requests_from_file(requests_filepath: str, **settings: Any) -> Tally:
-    """Process a request file; the keyword arguments are the flags of the command line.
+    """Process a request file; the keyword arguments are the flags of the command line, repeated ones as a list.
 
     Returns the tally, also of a run that stopped early. Raises UsageError. Installs no signal handlers.
     """
     for unknown in settings.keys() - Settings.__dataclass_fields__.keys():
         raise UsageError(f"unknown setting {unknown!r}; the fields of Settings are what there is")
-    return await run_job(Settings(requests_filepath=requests_filepath, **settings))
+    joined = {name: " ".join(given) for name, given in settings.items() if isinstance(given, list | tuple)}
+    joined.pop("request_header", None)
+    return await run_job(Settings(requests_filepath=requests_filepath, **(settings | joined)))
 
 
 async def run_job(settings: Settings, *, main_program: bool = False) -> Tally:

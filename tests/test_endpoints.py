@@ -49,7 +49,7 @@ def share(
         async with AsyncExitStack() as stack:
             providers = [await stack.enter_async_context(LocalProvider(options)) for options in servers]
             urls = [provider.url + CHAT for provider in providers]
-            values = SETTINGS | {"request_url": " ".join(urls), "api_key": KEY} | settings
+            values = SETTINGS | {"request_url": urls, "api_key": KEY} | settings
             if limits:
                 file.write_text(limits(urls))
                 values["endpoints_filepath"] = str(file)

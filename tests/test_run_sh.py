@@ -34,7 +34,8 @@ needs_program = pytest.mark.skipif(not (ROOT / PROGRAM).exists(), reason="there 
 PROBE = """
 import json, os, sys, time
 name = sys.argv[sys.argv.index("--api_key_env") + 1]
-seen = {"argv": sys.argv[1:], "key": os.environ.get(name), "folder": os.getcwd(), "pid": os.getpid()}
+keys = [os.environ.get(part) for part in name.split()]
+seen = {"argv": sys.argv[1:], "key": keys[0], "keys": keys, "folder": os.getcwd(), "pid": os.getpid()}
 print(json.dumps(seen), flush=True)
 time.sleep(float(os.environ.get("PROBE_SECONDS", "0")))
 sys.exit(int(os.environ.get("PROBE_EXIT", "0")))
@@ -156,6 +157,20 @@ def listens(url: str) -> bool:
 
 
 # ---- untouched -------------------------------------------------------------------------------------------------------
+
+
+@in_every_shell
+def test_several_endpoints_have_their_keys_from_the_env_file(probed: Path, shell: str) -> None:
+    """A name each; the key at the top of run.sh is that of the first, and the environment is not needed."""
+    edit(probed, request_url="'https://a.test/v1 https://b.test/v1'", api_key_env="'KEY_A KEY_B'")
+    (probed / ".env").write_text("KEY_B=sk-b  # the second\nexport KEY_A='sk-a'\nKEY_AB=sk-no\n", "utf-8")
+    seen = probe(probed, shell=shell)
+    assert seen["keys"] == ["sk-a", "sk-b"]
+    assert flag(seen, "--request_url") == "https://a.test/v1 https://b.test/v1"
+    assert flag(seen, "--api_key_env") == "KEY_A KEY_B"
+    assert "sk-" not in str(seen["argv"])
+    edit(probed, api_key="sk-top")
+    assert probe(probed, shell=shell)["keys"] == ["sk-top", "sk-b"]
 
 
 @needs_program
