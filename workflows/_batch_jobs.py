@@ -421,7 +421,7 @@ class Collector:
             self.late.append((number, outcome))
             return
         key, body, metadata = self.requests.read(number)
-        self.results.take(key)  # its failed lines of earlier are replaced
+        self.results.failed.discard(key)  # its failed lines of earlier are replaced
         if self.room is not None:
             if not self.room[key]:
                 return

@@ -8,7 +8,7 @@ import shutil
 from array import array
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self
 
 from api_request_parallel_processor import IDENTITY_BYTES, UsageError
 
@@ -164,9 +164,9 @@ class Requests:
                     at += len(line)
                     offsets.append(at)
             self.offsets.append(offsets)
-        # subtle: outputs come in any order, so a large buffer would be filled for every line
-        self.upload: IO[bytes] = ledger.file(part, "upload").open("rb", buffering=0)
-        self.metadata: IO[bytes] = ledger.file(part, "metadata").open("rb")
+        # subtle: outputs come in any order, so a buffer would be filled for every line
+        self.upload = ledger.file(part, "upload").open("rb", buffering=0)
+        self.metadata = ledger.file(part, "metadata").open("rb", buffering=0)
 
     def __len__(self) -> int:
         return len(self.offsets[0]) - 1
@@ -182,7 +182,7 @@ class Requests:
         """Give identity, body and metadata of a request; the last two as JSON."""
         ends, others = self.offsets
         self.upload.seek(ends[number])
-        line = self.upload.read(ends[number + 1] - ends[number] - 2)
+        line: bytes = self.upload.read(ends[number + 1] - ends[number] - 2)
         id_end = line.index(b'"', self.before)
         self.metadata.seek(others[number])
         metadata, _, own_body = self.metadata.read(others[number + 1] - others[number] - 1).partition(b"\t")

@@ -63,22 +63,23 @@ class Writer:
     target: Target
     upload: IO[bytes]
     metadata: IO[bytes]
-    frame: tuple[bytes, bytes] = (b"", b"")
 
     def __post_init__(self) -> None:
-        self.frame = line_frame(self.target)
-        self.most = int(self.target.transport.megabytes * 1e6) - FILE_SLACK
+        row = self.target.transport
+        before, after = (text.replace(b"%", b"%%") for text in line_frame(self.target))
+        # the custom id names the request within the providers' rules (64 letters): part, number, what it is
+        self.line = before + self.part.tag.encode() + b"-%d-%b" + after + b"%b}\n"
+        self.most_lines, self.most_bytes = row.lines, int(row.megabytes * 1e6) - FILE_SLACK
+        self.most_body = int(min(row.line_megabytes or math.inf, row.megabytes) * 1e6) - FILE_SLACK - LINE_SLACK
 
     def fits(self, size: int) -> bool:
-        """Tell whether a line of this size still fits."""
-        return self.part.requests < self.target.transport.lines and self.part.bytes + size <= self.most
+        """Tell whether one more body of this size fits."""
+        return self.part.requests < self.most_lines and self.part.bytes + size + LINE_SLACK <= self.most_bytes
 
     def add(self, request: Request, body: bytes, own_body: bytes) -> None:
         """Append a request. own_body: as the user wrote it, if the provider gets another."""
-        # names the request within the providers' rules (64 letters): part, number, what it is
-        custom_id = f"{self.part.tag}-{self.part.requests}-{request.identity.hex()}"
-        before, after = self.frame
-        self.part.bytes += self.upload.write(b"%b%b%b%b}\n" % (before, custom_id.encode(), after, body))
+        line = self.line % (self.part.requests, request.identity.hex().encode(), body)
+        self.part.bytes += self.upload.write(line)
         metadata = dumps(request.metadata)
         self.metadata.write(b"%b\t%b\n" % (metadata, own_body) if own_body else metadata + b"\n")
         self.part.requests += 1
@@ -102,12 +103,14 @@ class Splitter:
             return 'a batch cannot stream: remove "stream", or send this request live'
         model = self.target.model or request.model if self.target.transport.one_model else ""
         writer = self.writers.get(model) or self.open(model)
-        row, sent = writer.target.transport, wire_body(request.body, writer.target)
+        sent = wire_body(request.body, writer.target)
         body = dumps(sent)
-        most = min(row.line_megabytes or math.inf, row.megabytes) * 1e6 - FILE_SLACK
-        if len(body) > most - LINE_SLACK:
-            return f"it has {len(body) / 1e6:.1f} MB, {row.name} takes {most / 1e6:.1f} MB: send it live"
-        if not writer.fits(len(body) + LINE_SLACK):
+        if len(body) > writer.most_body:
+            told = (
+                f"it has {len(body) / 1e6:.1f} MB, {writer.target.transport.name} takes {writer.most_body / 1e6:.1f} MB"
+            )
+            return f"{told}: send it live"
+        if not writer.fits(len(body)):
             self.close(writer)
             writer = self.open(model)
         writer.add(request, body, dumps(request.body) if sent is not request.body else b"")

@@ -1,16 +1,19 @@
 """Measure workflows.provider_batch: time to split, upload and collect, and memory.
 
-    python tests/benchmarks/batch_throughput.py [--requests 50000] [--bytes 2000]
+    python tests/benchmarks/batch_throughput.py [--requests 50000] [--bytes 2000] [--rounds 3]
 
-Beside each step stands what it takes to copy its bytes and parse each of its lines once: the request file for the
-split, the output file for collecting; an upload is only copied. Seconds are processor time, so that what else the
-does matters less. The stand-in provider runs in a process of its own.
+Beside each step stands what it takes to copy its bytes and parse each of its lines once, with json of the standard
+library and with orjson: the request file for the split, the output file for collecting; an upload is only copied.
+Seconds are processor time, of several rounds the least, so that what else the machine does matters less. All files are
+new and stay until the end, since memory that was just freed is written several times as fast as fresh one. The
+stand-in provider runs in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
 import json
 import subprocess
 import sys
@@ -26,17 +29,22 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 
-def reference(path: Path, *, parse: bool) -> float:
+def reference(path: Path, parse: Callable[[bytes], Any] | None = None) -> float:
     """Seconds to read a file, parse each line once, and write a copy."""
-    from api_request_parallel_processor import loads
-
+    copy = path.with_name(f"copy{len(list(path.parent.iterdir()))}")
     began = time.process_time()
-    with path.open("rb", 1 << 20) as source, (path.parent / "copy").open("wb", 1 << 20) as target:
+    with path.open("rb", 1 << 20) as source, copy.open("xb", 1 << 20) as target:
         for line in source:
             if parse:
-                loads(line)
+                parse(line)
             target.write(line)
     return time.process_time() - began
+
+
+def plain(requests: Path, output: Path, parse: Callable[[bytes], Any]) -> dict[str, float]:
+    """Seconds of the same, step by step."""
+    collect = reference(requests) + reference(output, parse)
+    return {"prepare": reference(requests, parse), "upload": reference(requests), "collect": collect}
 
 
 def child(requests: Path, url: str) -> None:
@@ -76,53 +84,80 @@ def child(requests: Path, url: str) -> None:
     print(json.dumps({**seconds, "code": code, "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
 
 
+def write_requests(path: Path, count: int, size: int) -> None:
+    """Write a request file with lines of about so many bytes."""
+    words = "the quick brown fox jumps over the lazy dog "
+    with path.open("w") as file:
+        for number in range(count):
+            text = f"{number} {words * (size // len(words))}"[: size - 120]
+            body = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": text}], "max_tokens": 64}
+            file.write(json.dumps({**body, "metadata": {"id": number}}) + "\n")
+
+
+def measure(requests: Path) -> dict[str, Any]:
+    """Run the program once against a provider of its own."""
+    command = [sys.executable, str(ROOT / "tests" / "local_batches.py"), "--provider", "openai"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout
+            url = server.stdout.readline().split()[-1]
+            program = [sys.executable, __file__, "--child", str(requests), url]
+            done = subprocess.run(program, capture_output=True, text=True, check=False)
+            found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        finally:
+            server.terminate()
+    return found
+
+
+def write_output(results: Path, output: Path) -> int:
+    """Write what the provider gave, a reply in its frame per line; gives the number of lines."""
+    count = 0
+    with results.open("rb") as lines, output.open("wb") as file:
+        for count, line in enumerate(lines, 1):  # noqa: B007 - counts
+            reply = {"status_code": 200, "request_id": "q", "body": json.loads(line)[1]}
+            file.write(json.dumps({"id": "r", "custom_id": "x" * 40, "response": reply}).encode() + b"\n")
+    return count
+
+
 def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=50_000)
     parser.add_argument("--bytes", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         child(Path(arguments.child[0]), arguments.child[1])
         return
+    rounds: list[dict[str, Any]] = []
+    parsers: dict[str, list[dict[str, float]]] = {"json": [], "orjson": []}
     with tempfile.TemporaryDirectory() as folder:
-        requests = Path(folder, "requests.jsonl")
-        words = "the quick brown fox jumps over the lazy dog "
-        with requests.open("w") as file:
-            for number in range(arguments.requests):
-                text = f"{number} {words * (arguments.bytes // len(words))}"[: arguments.bytes - 120]
-                body = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": text}], "max_tokens": 64}
-                file.write(json.dumps({**body, "metadata": {"id": number}}) + "\n")
-        command = [sys.executable, str(ROOT / "tests" / "local_batches.py"), "--provider", "openai"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-            try:
-                assert server.stdout
-                url = server.stdout.readline().split()[-1]
-                program = [sys.executable, __file__, "--child", str(requests), url]
-                done = subprocess.run(program, capture_output=True, text=True, check=False)
-                found = json.loads(done.stdout.splitlines()[-1])
-            finally:
-                server.terminate()
-        results = requests.with_name("requests_results.jsonl")
-        output = requests.with_name("output.jsonl")  # what the provider gave: a reply in its frame per line
-        with results.open("rb") as lines, output.open("wb") as file:
-            for line in lines:
-                row = json.loads(line)
-                reply = {"status_code": 200, "request_id": "q", "body": row[1]}
-                file.write(json.dumps({"id": "r", "custom_id": "x" * 40, "response": reply}).encode() + b"\n")
-        steps = {
-            "split": (found["prepare"], reference(requests, parse=True)),
-            "upload": (found["upload"], reference(requests, parse=False)),
-            "collect": (found["collect"], reference(requests, parse=False) + reference(output, parse=True)),
+        for number in range(arguments.rounds):
+            requests, output = (Path(folder, str(number), name) for name in ("requests.jsonl", "output.jsonl"))
+            requests.parent.mkdir()
+            write_requests(requests, arguments.requests, arguments.bytes)
+            rounds.append(measure(requests))
+            counted = write_output(requests.with_name("requests_results.jsonl"), output)
+            for name, taken in parsers.items():
+                taken.append(plain(requests, output, importlib.import_module(name).loads))
+    codes = {found["code"] for found in rounds}
+    print(f"{arguments.requests:,} requests of {arguments.bytes:,} bytes, {counted:,} results, exit {codes}")
+    totals = dict.fromkeys(("ours", *parsers), 0.0)
+    for step in ("prepare", "upload", "collect"):
+        least = {
+            name: min(taken[step] for taken in all_rounds) for name, all_rounds in {"ours": rounds, **parsers}.items()
         }
-        counted = sum(1 for _ in results.open("rb"))
-    print(f"{arguments.requests:,} requests of {arguments.bytes:,} bytes, {counted:,} results, exit {found['code']}")
-    for name, (ours, plain) in steps.items():
-        print(f"{name:8} {ours:6.2f} s   copying and parsing {plain:5.2f} s   {plain / ours:4.0%}")
-    ours, plain = (sum(column) for column in zip(*steps.values(), strict=True))
-    print(f"{'all':8} {ours:6.2f} s   copying and parsing {plain:5.2f} s   {plain / ours:4.0%}")
-    print(f"memory   {found['megabytes']:6.0f} MB at its peak")
+        totals = {name: totals[name] + seconds for name, seconds in least.items()}
+        print(told(step, least))
+    print(told("all", totals))
+    print(f"memory   {max(found['megabytes'] for found in rounds):6.0f} MB at its peak")
+
+
+def told(step: str, seconds: dict[str, float]) -> str:
+    """One line: our seconds, then those of copying and parsing with their share of ours."""
+    shares = [f"{name} {seconds[name]:5.2f} s {seconds[name] / seconds['ours']:4.0%}" for name in ("json", "orjson")]
+    return f"{step:8} {seconds['ours']:6.2f} s   copying and parsing: {', '.join(shares)}"
 
 
 if __name__ == "__main__":
