@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workflows._prices import BATCH, Bill, Tariff, find_tariffs
@@ -23,6 +23,7 @@ MODELS = {
 }
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(sorted(MODELS)),
     st.integers(0, 10**6),

@@ -10,7 +10,7 @@ from api_request_parallel_processor import PROVIDERS, UsageError, identity, load
 from workflows._files import opened
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 BUCKETS, IDENTITY_BYTES, OFFSET_BYTES = 4096, 12, 8
@@ -60,27 +60,47 @@ class Table:
             del bucket[at : at + IDENTITY_BYTES + OFFSET_BYTES]
         return number
 
-    def put(self, key: bytes, number: int) -> None:
-        """Replace the first entry, or append it."""
+    def put(self, key: bytes, number: int) -> int | None:
+        """Replace the first entry, or append it; gives the number that was replaced."""
         bucket, at = self.find(key)
+        old = self.take(key, keep=True) if at >= 0 else None
         at = len(bucket) if at < 0 else at
         bucket[at : at + IDENTITY_BYTES + OFFSET_BYTES] = key + number.to_bytes(OFFSET_BYTES, "little")
+        return old
+
+    def groups(self) -> Iterator[dict[bytes, list[int]]]:
+        """Give the numbers by their keys, bucket after bucket; a key is in the same bucket of all tables."""
+        for bucket in self.buckets:
+            found: dict[bytes, list[int]] = {}
+            for at in range(0, len(bucket), IDENTITY_BYTES + OFFSET_BYTES):
+                end = at + IDENTITY_BYTES
+                number = int.from_bytes(bucket[end : end + OFFSET_BYTES], "little")
+                found.setdefault(bytes(bucket[at:end]), []).append(number)
+            yield found
 
 
 class Results:
     """The lines of a results file: a success before a failure, of failures the last."""
 
-    def __init__(self, path: Path) -> None:
-        """Read the file once; a torn last line and lines that are no results are left out."""
-        self.succeeded, self.failed, offset, known = Table(), Table(), 0, 0
+    def __init__(self, path: Path, each: Callable[[Result], None] | None = None) -> None:
+        """Read the file once; a torn last line and lines that are no results are left out.
+
+        `each` is given every result line as it is read: all successes count, of the failures those of `failures`.
+        """
+        self.succeeded, self.failed, self.failed_before, offset, known = Table(), Table(), Table(), 0, 0
+        self.left_out = 0  # lines that are neither blank nor results
         self.file = opened(path)
         for line in self.file:
             if (found := read_result(line)) is not None:
                 known += 1
                 if found[1]:
                     self.succeeded.add(found[0], offset)
-                else:
-                    self.failed.put(found[0], offset)
+                elif (before := self.failed.put(found[0], offset)) is not None:
+                    self.failed_before.add(found[0], before)
+                if each:
+                    each(Result(*loads(line)))
+            else:
+                self.left_out += not line.isspace()
             offset += len(line)
         if offset and not known:
             self.close()
@@ -111,6 +131,25 @@ class Results:
             ):
                 yield Result(*loads(line))
             self.file.seek(here)
+
+    def failures(self) -> Iterator[Result]:
+        """Give the failed results that no success made up for, as they stand in the file.
+
+        Of equal requests the last failure of each line of the request file counts, as far as details tell the lines.
+        """
+        offsets: list[int] = []
+        for last, before in zip(self.failed.groups(), self.failed_before.groups(), strict=True):
+            for key, [offset] in last.items():
+                if self.succeeded.take(key, keep=True) is None:
+                    by_line = {self.line_at(one): one for one in before.get(key, ())}
+                    offsets += ({**by_line, self.line_at(offset): offset} if by_line else {0: offset}).values()
+        for offset in sorted(offsets):
+            yield self.at(offset)
+
+    def line_at(self, offset: int) -> str:
+        """The line of the request file that a result is of, as text; "" if it does not tell."""
+        details = self.at(offset).details
+        return str(details.get("line")) if isinstance(details, dict) else ""
 
     def close(self) -> None:
         """Close the file."""
