@@ -105,7 +105,7 @@ def test_tokens_cost_and_attempts_of_failures_count(tmp_path: Path, capsys: pyte
         [chat("a"), reply(), None, {**TIMES, "attempts": 3, "refusals": 2}],
         [chat("b"), [*failure("bad_reply", 200, response=reply("")), *failure("timeout", response="text")]],
     ]
-    prices = ("--input_price", "1", "--output_price", "2", "--cached_price", "0.5")
+    prices = ("--input_price", "1", "--output_price", "2", "--cached_input_price", "0.5")
     summary = numbers_of(tmp_path, lines, *prices, capsys=capsys)
     each = (40 * 1 + 60 * 0.5 + 20 * 2) / 1e6
     assert summary["cost"]["total"] == pytest.approx(3 * each)
@@ -194,7 +194,7 @@ def test_an_empty_file_and_wrong_ones(tmp_path: Path, capsys: pytest.CaptureFixt
     wrong: list[list[str]] = [[str(other)], [str(tmp_path / "none")], [str(empty), "--html", str(empty)]]
     wrong += [
         [str(empty), "--html", str(page)],
-        [str(empty), "--cached_price", "1"],
+        [str(empty), "--cached_input_price", "1"],
         [str(empty), "--input_price", "-1"],
     ]
     wrong += [[str(empty), "--max_requests_per_minute", "nan"], [str(empty), "--request_url", "nowhere"]]

@@ -11,7 +11,7 @@ from api_request_parallel_processor import dumps, read_usage
 TRUNCATED = {"length", "max_tokens", "max_output_tokens", "model_context_window_exceeded", "incomplete"}
 FILTERED = set("content_filter sensitive refusal safety recitation blocklist prohibited_content spii".split())
 THINK, END_THINK = "<think>", "</think>"
-MEDIA = ("audio", "image", "video")  # that tokens may be of, if they are no text
+MEDIA = {"audio_tokens": "audio", "image_tokens": "image", "video_tokens": "video"}  # what tokens are if not of text
 MAX_TOKENS = 10**12  # more is no count
 
 
@@ -190,11 +190,12 @@ def read_tokens(response: Any) -> Tokens | None:
         "output_reasoning": outputs.get("reasoning_tokens") or usage.get("thoughtsTokenCount"),
     }
     for side, details in (("input", inputs), ("output", outputs)):
-        special |= {f"{side}_{medium}": details.get(f"{medium}_tokens") for medium in MEDIA}
-    for side, name in (("input", "promptTokensDetails"), ("output", "candidatesTokensDetails")):  # Gemini
-        for part in map(as_dict, as_list(usage.get(name))):
-            if (medium := str(part.get("modality")).lower()) in MEDIA:
-                special[f"{side}_{medium}"] = part.get("tokenCount")
+        special |= {f"{side}_{medium}": details[name] for name, medium in MEDIA.items() if name in details}
+    if native == "gemini":
+        for side, name in (("input", "promptTokensDetails"), ("output", "candidatesTokensDetails")):
+            for part in map(as_dict, as_list(usage.get(name))):
+                if (medium := str(part.get("modality")).lower()) in MEDIA.values():
+                    special[f"{side}_{medium}"] = part.get("tokenCount")
     counts = {name: count for name, count in special.items() if type(count) is int and 0 < count < MAX_TOKENS}
     return Tokens(known.prompt, known.output, counts)
 

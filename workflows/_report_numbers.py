@@ -88,7 +88,7 @@ class Numbers:
         self.count_attempts(result, details)
         prompt, output = self.count_tokens(result, model, start)
         if result.succeeded:
-            self.settle(result)
+            self.settle(result, model)
         seconds = number(details.get("seconds"))
         if start is None or seconds is None:
             self.unsent += "started" in details and details["started"] is None
@@ -102,10 +102,10 @@ class Numbers:
         self.began = min(began, began if self.began is None else self.began)
         self.ended = max(began + seconds, began + seconds if self.ended is None else self.ended)
 
-    def settle(self, result: Result) -> None:
+    def settle(self, result: Result, model: str = "") -> None:
         """Count the outcome of one request."""
         seconds = number(as_dict(result.details).get("seconds"))
-        self.models[self.model_of(result)].requests += 1
+        self.models[model or self.model_of(result)].requests += 1
         if result.succeeded:
             self.succeeded += 1
             answer = read_answer(result.response)
@@ -171,11 +171,12 @@ class Numbers:
 
     def model_of(self, result: Result) -> str:
         """The name under which the replies of a line are counted."""
-        found = (as_dict(result.request).get("model"), as_dict(result.response).get("model"))
-        names = (*found, as_dict(result.response).get("modelVersion"), "(not told)")
+        response = as_dict(result.response)
+        names = as_dict(result.request).get("model"), response.get("model"), response.get("modelVersion"), "(not told)"
         name = next(name for name in names if isinstance(name, str) and name)[:100]
-        name = name if name in self.models or len(self.models) < MOST_NAMES else OTHERS
-        self.models.setdefault(name, ModelTotals())
+        if name not in self.models:
+            name = name if len(self.models) < MOST_NAMES else OTHERS
+            self.models.setdefault(name, ModelTotals())
         return name
 
     def kind_of(self, result: Result) -> str:

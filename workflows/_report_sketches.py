@@ -17,6 +17,7 @@ class Histogram:
 
     GROWTH = 1.02  # of a bin over the one before it
     RELATIVE_ERROR = (GROWTH - 1) / (GROWTH + 1)
+    BINS_PER_E = 1 / math.log(GROWTH)
     LEAST, MOST = 1e-3, 1e12  # less counts as nothing, more as MOST: at most 1,750 bins
 
     def __init__(self) -> None:
@@ -29,11 +30,12 @@ class Histogram:
         """Count one value from 0 up."""
         self.count += 1
         self.total += value
-        self.least, self.most = min(self.least, value), max(self.most, value)
+        self.least = min(self.least, value)
+        self.most = max(self.most, value)
         if value < self.LEAST:
             self.zeros += 1
         else:
-            self.bins[math.ceil(math.log(min(value, self.MOST)) / math.log(self.GROWTH))] += 1
+            self.bins[math.ceil(math.log(min(self.MOST, value)) * self.BINS_PER_E)] += 1
 
     def quantile(self, share: float) -> float:
         """The least value that so large a share of all does not exceed; NaN if there are none. 0.5 is the median."""
@@ -79,25 +81,23 @@ class Timeline:
 
     def __init__(self) -> None:
         self.level = 0
+        self.width = self.WIDTHS[0]  # seconds of a bucket
         self.buckets: dict[int, defaultdict[str, float]] = {}
-
-    @property
-    def width(self) -> int:
-        """Seconds of a bucket."""
-        return self.WIDTHS[self.level]
 
     def add(self, time: float, **amounts: float) -> None:
         """Add amounts at a time, in seconds since 1970."""
-        while len(self.buckets) >= self.BUCKETS and int(time // self.width) not in self.buckets:
+        while (number := int(time // self.width)) not in self.buckets and len(self.buckets) >= self.BUCKETS:
             self.widen()
-        bucket = self.buckets.setdefault(int(time // self.width), defaultdict(float))
+        if (bucket := self.buckets.get(number)) is None:
+            bucket = self.buckets[number] = defaultdict(float)
         for name, amount in amounts.items():
             bucket[name] += amount
 
     def widen(self) -> None:
         """Merge the buckets into wider ones."""
-        factor = self.WIDTHS[self.level + 1] // self.width
         self.level += 1
+        factor = self.WIDTHS[self.level] // self.width
+        self.width = self.WIDTHS[self.level]
         merged: dict[int, defaultdict[str, float]] = {}
         for number, bucket in self.buckets.items():
             merge(merged.setdefault(number // factor, defaultdict(float)), bucket)

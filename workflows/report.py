@@ -32,10 +32,14 @@ LINES_PER_NOTICE = 200_000  # so that a large file shows signs of life
 
 def bill_of(arguments: argparse.Namespace) -> Bill:
     """How replies are priced, as the flags say."""
-    named = {"input": arguments.input_price, "output": arguments.output_price, "cache_read": arguments.cached_price}
+    named = {
+        "input": arguments.input_price,
+        "output": arguments.output_price,
+        "cache_read": arguments.cached_input_price,
+    }
     given = {name: price for name, price in named.items() if price is not None}
     if given and not given.keys() & {"input", "output"}:
-        raise UsageError("--cached_price goes with --input_price: give both")
+        raise UsageError("--cached_input_price goes with --input_price: give both")
     if any(not 0 <= price < 1e9 for price in given.values()):
         raise UsageError("a price is money per million tokens: give a number from 0 up")
     url = endpoint_of(arguments.request_url, "") if arguments.request_url else ""
@@ -68,7 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_tokens_per_minute", type=float, default=0, metavar="N", help="the budget of the run")
     parser.add_argument("--input_price", type=float, metavar="P", help="price of a million input tokens")
     parser.add_argument("--output_price", type=float, metavar="P", help="price of a million output tokens")
-    parser.add_argument("--cached_price", type=float, metavar="P", help="of cached input tokens; default: input_price")
+    parser.add_argument(
+        "--cached_input_price", type=float, metavar="P", help="of those read from a cache; default: input_price"
+    )
     parser.add_argument("--request_url", default="", metavar="URL", help="where the requests went, for list prices")
     parser.add_argument("--provider", default="auto", choices=["auto", *PROVIDERS], metavar="NAME", help="the same")
     parser.add_argument("--batch", action="store_true", help="they went through a Batch API: its list prices")
