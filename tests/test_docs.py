@@ -452,7 +452,7 @@ def test_flags_of_workflows_are_in_their_help(
             assert said <= set.union(*(known[name] for name in names)), names
         else:
             assert everywhere <= said <= everywhere | {"--help"}
-    for name in set(programs()) - {"prompts", "answers", "response_cache", "provider_batch"}:
+    for name in set(programs()) - {"prompts", "answers", "report", "response_cache", "provider_batch"}:
         assert everywhere <= known[name]
 
 
