@@ -342,3 +342,20 @@ def test_shells_complete_flags_and_providers(tmp_path: Path) -> None:
     assert "--max_requests_per_minute" in complete("--max")
     assert complete("--provider", "deep") == ["deepinfra", "deepseek"]
     assert complete("--requests_filepath", str(script)[:-2]) == [str(script)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--input_price", "1", "--output_price", "2"], r"Expected cost: 0\.00\d+\."),
+        ([], r"Expected cost: 0\.00\d+ dollars, by the list prices of genai-prices"),
+        (["--request_url", NOWHERE], r"Expected cost: Unable to find provider .*--input_price and --output_price"),
+    ],
+)
+def test_a_dry_run_tells_what_it_would_cost(job: Path, flags: list[str], told: str) -> None:
+    """By the prices given, else by list prices if the package is there; never by a guess."""
+    if "--input_price" not in flags:
+        pytest.importorskip("genai_prices")
+    code, out, _ = main("--requests_filepath", str(job), "--dry_run", *flags)
+    assert code == 0
+    assert re.search(told, out)
