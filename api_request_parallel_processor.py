@@ -358,7 +358,7 @@ class Run:
 
     def take_failure(self, request: Request, endpoint: Endpoint, verdict: Verdict, reply: Reply, now: float) -> None:
         """Note a failed or refused attempt; then try again, give up the request, or stop a hopeless run."""
-        LOGGER.debug("line %d: %s %s", request.line, verdict.kind, verdict.message)
+        LOGGER.debug("line %d: %s %s", *(told := (request.line, *verdict[1:3])), extra={"failed_attempt": told})
         action, refused = verdict.action, verdict.action is Action.REFUSED
         mistake = likely_mistake(endpoint, verdict, reply)
         wrong_url = action is Action.FAIL and reply.status in (404, 405) and "--request_url" in mistake
@@ -1892,7 +1892,7 @@ def summarize(run: Run) -> list[str]:
     lines += [f"{endpoint.name}: {found}" for endpoint in run.endpoints if (found := endpoint.pacer.describe())]
     lines += run.learned.describe()
     if not (tally.calls or tally.failed or run.stopped_by):
-        lines.append("Nothing to do, all are finished; --restart starts afresh, another --save_filepath keeps both.")
+        lines.append("Nothing to do, all are finished; --restart starts afresh, another results file keeps both.")
     advice = "Failed lines hold their reasons. The same command tries them again; --save_details tells more."
     return [line for line in (*lines, f"Results: {run.results.path}", tally.failed and advice) if line]
 

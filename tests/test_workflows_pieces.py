@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
 import sys
 import tracemalloc
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,9 +17,7 @@ import api_request_parallel_processor as processor
 from api_request_parallel_processor import UsageError, dumps
 from workflows import _files, _replies, _requests, _results, _run, answers, prompt_matrix, prompts, structured_output
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+ROOT = Path(__file__).resolve().parents[1]
 QUESTIONS = 'id,question\n1,"什么是, 人工智能？"\n2,"two\nlines and ""quotes"""\n'
 
 
@@ -159,6 +159,32 @@ def test_missing_package_names_its_command(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "yaml", None)
     with pytest.raises(UsageError, match="pip install PyYAML"):
         _run.optional("yaml")
+
+
+def test_flags_take_dashes(tmp_path: Path) -> None:
+    """--max-tokens is --max_tokens; what stands behind the name is left alone."""
+    (tmp_path / "p.txt").write_text("hi\n")
+    flags = [
+        "--model",
+        "m-1",
+        "--max-tokens",
+        "5",
+        "--parameter=top-k=2-1",
+        "--requests-filepath",
+        f"{tmp_path}/r-1.jsonl",
+    ]
+    assert prompts.main([str(tmp_path / "p.txt"), *flags]) == 0
+    body = json.loads((tmp_path / "r-1.jsonl").read_text())
+    assert (body["model"], body["max_tokens"], body["top-k"]) == ("m-1", 5, "2-1")
+
+
+def test_a_workflow_started_as_a_file_says_how_it_is_started() -> None:
+    """`python workflows/NAME.py` ends with the right command instead of a traceback."""
+    command = [sys.executable, "workflows/prompts.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "python -m workflows.prompts" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -547,6 +547,17 @@ def test_cache_keeps_samples_apart(server: Server) -> None:
     assert Path("c.sqlite").stat().st_mode & 0o77 == 0
 
 
+def test_cache_knows_a_url_in_either_form(server: Server) -> None:
+    """An answer of the base URL is an answer of the endpoint that the processor makes of it."""
+    write_samples("a.jsonl", ["one"])
+    base = ["--requests_filepath", "a.jsonl", "--request_url", f"{server.url}/v1"]
+    assert run(response_cache, "run", "--cache_filepath", "c.sqlite", *base) == 0
+    write_samples("b.jsonl", ["one"], start=7)
+    server.set(reset=True)
+    assert run_cached(server, "b.jsonl") == 0
+    assert server.stats()["calls"] == 0
+
+
 def test_cache_takes_no_bad_answers(server: Server) -> None:
     """Failed, cut off and filtered answers are asked again."""
     write_samples("a.jsonl", ["fail", "cut", "filtered", "fine"])

@@ -50,73 +50,33 @@ class Transport:
     named: bool = True  # a job can be found by a name or by its file
 
 
-TRANSPORTS = {
-    row.name: row
-    for row in (
-        Transport("openai", endpoints=OPENAI_ALIKE, megabytes=200),
-        Transport("azure", endpoints=OPENAI_ALIKE, lines=100_000, megabytes=200),
-        Transport("azure/deployments", endpoints=OPENAI_ALIKE, endpoint="{op}", lines=100_000, megabytes=200),
-        Transport(
-            "dashscope",
-            endpoints=f"{CHAT} {EMBEDDINGS}",
-            name_key="ds_name",
-            megabytes=500,
-            line_megabytes=6,
-            hours=(24, 336),
-        ),
-        # its free test: a fixed reply, the whole way
-        Transport(
-            "dashscope/batch-test-model", name_key="ds_name", endpoint="/v1/chat/ds-test", lines=100, megabytes=1
-        ),
-        Transport("deepinfra", endpoints=f"{CHAT} /completions"),
-        Transport("groq", megabytes=200, hours=(24, 168)),
-        Transport("moonshot", hours=(12, 168), saving=40),
-        Transport("siliconflow", hours=(24, 336)),
-        Transport("together", "together", purpose="batch-api", name_key="", hours=(0, 0), paging=""),
-        # it would delete the input file, by which a job can be found
-        Transport("zhipu", endpoint="/v4{op}", extra=(("auto_delete_input_file", False),)),
-        Transport(
-            "mistral",
-            "mistral",
-            jobs="/batch/jobs",
-            job="/batch/jobs/{id}",
-            cancel="/batch/jobs/{id}/cancel",
-            endpoints=f"{CHAT} {EMBEDDINGS} /moderations",
-            paging="page",
-            lines=1_000_000,
-            megabytes=500,
-            hours=(1, 168),
-        ),
-        Transport(
-            "anthropic",
-            "anthropic",
-            jobs="/messages/batches",
-            job="/messages/batches/{id}",
-            cancel="/messages/batches/{id}/cancel",
-            upload="",
-            content="{id}",
-            endpoints="/messages",
-            paging="after_id",
-            lines=100_000,
-            megabytes=256,
-            one_model=False,
-            named=False,
-        ),
-        Transport(
-            "gemini",
-            "gemini",
-            create="/models/{model}:batchGenerateContent",
-            job="/{id}",
-            cancel="/{id}:cancel",
-            upload="",
-            content="//download/v1beta/{id}:download?alt=media",
-            endpoints=":generateContent",
-            paging="pageToken",
-            lines=100_000,
-            megabytes=20,
-        ),
-    )
-}
+# fmt: off
+TRANSPORTS = {row.name: row for row in (
+    Transport("openai", endpoints=OPENAI_ALIKE, megabytes=200),
+    Transport("azure", endpoints=OPENAI_ALIKE, lines=100_000, megabytes=200),
+    Transport("azure/deployments", endpoints=OPENAI_ALIKE, endpoint="{op}", lines=100_000, megabytes=200),
+    Transport("dashscope", endpoints=f"{CHAT} {EMBEDDINGS}", name_key="ds_name", megabytes=500, line_megabytes=6,
+              hours=(24, 336)),
+    # its free test: a fixed reply, the whole way
+    Transport("dashscope/batch-test-model", name_key="ds_name", endpoint="/v1/chat/ds-test", lines=100, megabytes=1),
+    Transport("deepinfra", endpoints=f"{CHAT} /completions"),
+    Transport("groq", megabytes=200, hours=(24, 168)),
+    Transport("moonshot", hours=(12, 168), saving=40),
+    Transport("siliconflow", hours=(24, 336)),
+    Transport("together", "together", purpose="batch-api", name_key="", hours=(0, 0), paging=""),
+    # it would delete the input file, by which a job can be found
+    Transport("zhipu", endpoint="/v4{op}", extra=(("auto_delete_input_file", False),)),
+    Transport("mistral", "mistral", jobs="/batch/jobs", job="/batch/jobs/{id}", cancel="/batch/jobs/{id}/cancel",
+              endpoints=f"{CHAT} {EMBEDDINGS} /moderations", paging="page", lines=1_000_000, megabytes=500,
+              hours=(1, 168)),
+    Transport("anthropic", "anthropic", jobs="/messages/batches", job="/messages/batches/{id}",
+              cancel="/messages/batches/{id}/cancel", upload="", content="{id}", endpoints="/messages",
+              paging="after_id", lines=100_000, megabytes=256, one_model=False, named=False),
+    Transport("gemini", "gemini", create="/models/{model}:batchGenerateContent", job="/{id}", cancel="/{id}:cancel",
+              upload="", content="//download/v1beta/{id}:download?alt=media", endpoints=":generateContent",
+              paging="pageToken", lines=100_000, megabytes=20),
+)}
+# fmt: on
 TRANSPORTS["local"] = TRANSPORTS["openai"]
 HELD_OPEN = {"ark": ("/api/v3/", "/api/v3/batch/"), "dashscope": ("//batch.dashscope.", "//batch.dashscope.")}
 ALL_ENDPOINTS = (CHAT, EMBEDDINGS, RESPONSES, "/completions", "/moderations", "/messages")

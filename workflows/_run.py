@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import signal
+import sys
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,7 @@ Config = dict[str, Any]
 JSON_STRING = r'"(?:\\.|[^"\\])*"'
 COMMENT = re.compile(rf"({JSON_STRING})|//[^\n]*|/\*.*?\*/", re.DOTALL)
 TRAILING_COMMA = re.compile(rf"({JSON_STRING})|,(?=\s*[}}\]])")
+FLAG = re.compile(r"^--[A-Za-z][\w-]*")
 PLACEHOLDER_KEY = re.compile(r"(?i)your\b|your_|<|\$\{|x{3}|\.\.\.")  # "YOUR_API_KEY", as in copied examples
 DISTRIBUTIONS = {"yaml": "PyYAML", "dotenv": "python-dotenv", "jsonschema": "jsonschema", "pypdf": "pypdf"}
 DISTRIBUTIONS |= {"plotly": "plotly", "genai_prices": "genai-prices"}
@@ -292,8 +294,22 @@ def main_program(main: Callable[[list[str] | None], int], argv: list[str] | None
         LOGGER.removeHandler(handler)
 
 
-def new_parser(doc: str | None) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser that takes --max-tokens for --max_tokens."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse flags, in either spelling."""
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([FLAG.sub(with_underscores, word) for word in words], namespace)
+
+
+def with_underscores(flag: re.Match[str]) -> str:
+    """A flag as it is named here."""
+    return f"--{flag[0][2:].replace('-', '_')}"
+
+
+def new_parser(doc: str | None) -> Parser:
     """A parser whose help is the module's docstring."""
     summary, _, rest = (doc or "").partition("\n\n")
     layout = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=summary, epilog=rest, formatter_class=layout, allow_abbrev=False)
+    return Parser(description=summary, epilog=rest, formatter_class=layout, allow_abbrev=False)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -193,10 +192,8 @@ def show_configuration(arguments: argparse.Namespace, options: provider_batch.Op
 
 def main(argv: list[str] | None = None) -> int:
     """Make the dataset."""
-    words = [word.partition("=") for word in (sys.argv[1:] if argv is None else argv)]
-    flags = ["--" + w[2:].replace("-", "_") + e + v if w.startswith("--") else w + e + v for w, e, v in words]
     _run.load_env()
-    arguments = build_parser().parse_args(flags)
+    arguments = build_parser().parse_args(argv)
     if not arguments.papers.is_dir():
         raise UsageError(f"{arguments.papers} is no folder; give the folder of papers, or set PAPERS_DIR")
     if arguments.batch and (arguments.restart or arguments.cache_filepath):

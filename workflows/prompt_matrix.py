@@ -209,8 +209,6 @@ def conversations(matrix: Matrix, pair: tuple[str, str]) -> Iterator[tuple[_file
 class RetryLog(logging.Filter):
     """Tells failed attempts by model, person and conversation instead of by line, and which of them worked out."""
 
-    LINE = "line %d: "
-
     def __init__(self, pairs: list[tuple[str, str]], prompts: int) -> None:
         super().__init__()
         self.pairs, self.prompts, self.tries = pairs, prompts, Counter[int]()
@@ -223,18 +221,15 @@ class RetryLog(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Word a failed attempt; everything else passes as it is."""
-        if not str(record.msg).startswith(self.LINE) or not isinstance(record.args, tuple):
+        if not (failed := getattr(record, "failed_attempt", None)):
             return True
-        line, *rest = record.args
-        assert isinstance(line, int)
+        line, kind, message = failed
         who, what = self.place(line)
-        if len(rest) == 1:  # seconds until the next try
-            text, level = f"{who} 将在 {rest[0]:g} 秒后重试...", "INFO"
-        elif rest[0] == "rate_limit":
-            text, level = f"{who} {what} 被限流: {rest[1]}", "DEBUG"
+        if kind == "rate_limit":
+            text, level = f"{who} {what} 被限流: {message}", "DEBUG"
         else:
             self.tries[line] += 1
-            text, level = f"{who} {what} 失败 (第{self.tries[line]}次尝试): {rest[1]}", "WARNING"
+            text, level = f"{who} {what} 失败 (第{self.tries[line]}次尝试): {message}", "WARNING"
         record.levelno, record.levelname = getattr(logging, level), level
         record.msg, record.args = text, ()
         return True

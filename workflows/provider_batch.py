@@ -29,7 +29,6 @@ import math
 import os
 import re
 import shutil
-import sys
 import time
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -469,9 +468,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command."""
-    words = [word.partition("=") for word in (sys.argv[1:] if argv is None else argv)]
-    flags = ["--" + w[2:].replace("-", "_") + e + v if w.startswith("--") else w + e + v for w, e, v in words]
-    arguments = build_parser().parse_args(flags)
+    arguments = build_parser().parse_args(argv)
     _run.load_env()
     given = {name: getattr(arguments, name) for name in HELP if getattr(arguments, name) is not None}
     if BATCH_WINDOW in os.environ:

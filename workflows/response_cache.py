@@ -14,13 +14,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import sqlite3
 import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
 
 from api_request_parallel_processor import (
     LOGGER,
@@ -47,7 +47,6 @@ CREATE INDEX IF NOT EXISTS by_age ON answers (stored);
 ROWS_PER_COMMIT = 1000
 BUSY_SECONDS = 60.0  # how long to wait for another process that writes
 SECONDS_PER_DAY = 86400.0
-DASHES = re.compile(r"^--[\w-]+")  # of a flag, which may be written so too
 QUICK = 1  # of zlib: most of the gain at a small part of the time
 
 
@@ -58,7 +57,7 @@ class Cache:
         """Open or create the file, readable by its owner only; limits of 0 are none."""
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        self.url, self.max_bytes = url.encode(), max_megabytes * 2**20
+        self.url, self.max_bytes = " ".join(map(whole_url, url.split())).encode(), max_megabytes * 2**20
         self.oldest = time.time() - max_days * SECONDS_PER_DAY if max_days else 0.0
         self.database = sqlite3.connect(path, timeout=BUSY_SECONDS)
         try:
@@ -153,6 +152,13 @@ class Cache:
         self.database.close()
 
 
+def whole_url(url: str) -> str:
+    """A URL as the processor completes it, so that /v1 and /v1/chat/completions share their answers."""
+    parts = urlsplit(url)
+    bare = parts.path in ("", "/") or parts.path.rstrip("/").endswith("/v1")
+    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/chat/completions")) if bare else url
+
+
 def with_cache(
     settings: Settings, path: Path, run: Callable[[Settings], Tally], *, max_days: float = 0, max_megabytes: float = 0
 ) -> Tally:
@@ -212,7 +218,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def settings_from(flags: list[str]) -> Settings:
     """Read the processor's own flags."""
-    flags = [DASHES.sub(lambda name: "--" + name[0][2:].replace("-", "_"), flag) for flag in flags]
     given = {name: value for name, value in vars(build_parser().parse_args(flags)).items() if value is not None}
     return Settings(**{**given, "request_header": tuple(given["request_header"])})
 
