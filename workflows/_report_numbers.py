@@ -208,9 +208,10 @@ class Numbers:
         return self.lines - self.requests
 
     @property
-    def unpriced(self) -> list[str]:
-        """The models of which not all replies have a price."""
-        return [name for name, totals in self.models.items() if totals.unpriced]
+    def busy_seconds(self) -> float:
+        """From the first start to the last end, without the pauses between runs."""
+        whole = (self.ended or 0.0) - (self.began or 0.0)
+        return max(0.0, whole - sum(end - start for start, end in self.timeline.pauses()))
 
     def total(self, name: str) -> int:
         """The sum of a field over all models."""

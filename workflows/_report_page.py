@@ -131,9 +131,9 @@ def facts(summary: Summary) -> str:
         more = f"{figure(counts['input'], whole=True)} in, {figure(counts['output'], whole=True)} out"
         found.append(("Tokens", figure(counts["input"] + counts["output"], whole=True), more))
     if cost["total"] is not None:
-        unit = f" <small>{cost['currency']}</small>" if cost["currency"] else ""
+        unit = f" ({cost['currency']})" if cost["currency"] else ""
         more = "at least: see below" if cost["incomplete"] else f"{money(cost['total'] / max(1, total))} a request"
-        found.append(("Cost", money(cost["total"]) + unit, more))
+        found.append((f"Cost{unit}", money(cost["total"]), more))
     for name, peak in summary["peak_per_minute"].items():
         if peak is not None:
             budget = summary["budget_per_minute"][name]
@@ -142,7 +142,7 @@ def facts(summary: Summary) -> str:
                 if budget
                 else f"{name} in the fullest minute"
             )
-            found.append((f"Peak {name} / min", figure(peak, whole=True), more))
+            found.append((f"Peak {name}/min", figure(peak, whole=True), more))
     items = "".join(
         f'<dl class="card fact"><dt>{name}</dt><dd><div class="value">{value}</div>'
         f'<div class="more">{escaped(more)}</div></dd></dl>'
@@ -169,8 +169,11 @@ def pace(summary: Summary, plots: dict[str, Plot]) -> str:
         return '<p class="note">These results have no times. A run with <code>--save_details</code> records them.</p>'
     budgets = summary["budget_per_minute"]
     missing = [f"--max_{name}_per_minute" for name in ("requests", "tokens") if not budgets[name]]
-    hint = f'<p class="note">{" and ".join(missing)} draw the budgets of the run.</p>' if missing else ""
-    figures = "".join(figure_of(plots[name]) for name in ("requests", "tokens", "errors"))
+    hint = f"With {' and '.join(missing)}, as the run was told, its budgets are drawn, too." if missing else ""
+    hint = f'<p class="note">{hint}</p>' if hint else ""
+    none = '<div class="card panel"><h3>Errors over time</h3><p>Nothing failed, was refused or repeated.</p></div>'
+    figures = "".join(figure_of(plots[name]) for name in ("requests", "tokens"))
+    figures += figure_of(plots["errors"]) if "errors" in plots else none
     return f'{hint}<div class="grid">{figures}{tries(summary)}</div>'
 
 

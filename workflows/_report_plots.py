@@ -50,7 +50,7 @@ def plots_of(numbers: Numbers, summary: Summary) -> dict[str, Plot]:
     if numbers.timed:
         budgets = summary["budget_per_minute"]
         found += [requests_plot(numbers, budgets["requests"]), tokens_plot(numbers, budgets["tokens"])]
-        found += [errors_plot(numbers)]
+        found += [plot for plot in [errors_plot(numbers)] if plot.traces]
     if numbers.seconds.bins:
         found.append(latency_plot(numbers.seconds))
     if numbers.estimates.cells:
@@ -100,7 +100,7 @@ def errors_plot(numbers: Numbers) -> Plot:
     width, intervals = numbers.timeline.binned(INTERVALS, names)
     shown = [name.removeprefix("failed ") for name in kinds] + ["refusals", "repeated attempts"]
     spare = iter(["--blue", "--grey"] * len(kinds))
-    colours = [KIND_COLOURS.get(kind) or next(spare) for kind in shown[:-2]] + ["--pale", "--grey"]
+    colours = [KIND_COLOURS.get(kind) or next(spare) for kind in shown[:-2]] + ["--pale", "--muted"]
     traces = []
     for i, (name, colour) in enumerate(zip(shown, colours, strict=True)):
         if rows := [(time, amounts[i]) for time, amounts in intervals if amounts[i]]:
@@ -108,8 +108,6 @@ def errors_plot(numbers: Numbers) -> Plot:
             traces.append({**bar, "y": [n for _, n in rows], "width": 1000 * width * 0.92, "marker": {"color": colour}})
     caption = f"Per {duration(width)}: failed requests when they ended; refusals and repeated attempts when their"
     caption += " request first started."
-    if not traces:
-        caption = "No request failed, was refused or had to be repeated."
     peak = max((sum(amounts) for _, amounts in intervals), default=0)
     layout = {**time_layout(numbers, peak), "barmode": "stack", "bargap": 0, "showlegend": True}
     table = [["UTC", *shown], *([utc(time), *(f"{n:,.0f}" for n in amounts)] for time, amounts in intervals[:ROWS])]
@@ -134,20 +132,26 @@ def time_layout(numbers: Numbers, peak: float, budget: float | None = None) -> J
     breaks = [{"bounds": [1000 * (a + 60), 1000 * (b - 1)]} for a, b in pauses if b - a > 120]
     axis: Json = {"type": "date", "title": {"text": "UTC"}, "rangebreaks": breaks, "hoverformat": "%Y-%m-%d %H:%M:%S"}
     if numbers.began is not None and numbers.ended is not None:
-        margin = max(1.0, (numbers.ended - numbers.began) / 50)
+        margin = max(1.0, numbers.busy_seconds / 50)
         axis["range"] = [1000 * (numbers.began - margin), 1000 * (numbers.ended + margin)]
-    layout: Json = {"xaxis": axis, "yaxis": {"tickformat": ",~s"}, "hovermode": "x unified"}
+    layout: Json = {"xaxis": axis, "yaxis": count_axis(max(peak, budget or 0)), "hovermode": "x unified"}
     shapes = [line_shape(x=1000 * (b - 1), dash="dot", colour="--grey") for _, b in pauses]
     notes = [
-        {"x": 1000 * (b - 1), "y": 1, "yref": "paper", "text": f"after {duration(b - a)}", "showarrow": False}
-        | {"font": {"color": "--muted", "size": 11}, "xanchor": "left", "yanchor": "top", "xshift": 3}
-        for a, b in pauses[:6]
+        {
+            "x": 1000 * (b - 1),
+            "y": 0,
+            "yref": "paper",
+            "bgcolor": "--card",
+            "text": f"after {duration(b - a)}",
+            "showarrow": False,
+        }
+        | {"font": {"color": "--muted", "size": 11}, "xanchor": "left", "yanchor": "bottom", "xshift": 3}
+        for a, b in pauses * (len(pauses) < 5)
     ]
     if budget:
         shapes.append(line_shape(y=budget, dash="dash", colour="--orange"))
         text = {"text": f"budget {budget:,.0f}", "font": {"color": "--orange", "size": 12}, "showarrow": False}
         notes.append({**text, "x": 1, "xref": "paper", "xanchor": "right", "y": budget, "yanchor": "bottom"})
-    layout["yaxis"]["range"] = [0, max(1, 1.12 * max(peak, budget or 0))]
     return {**layout, "shapes": shapes, "annotations": notes}
 
 
@@ -245,9 +249,14 @@ def log_layout(unit: str, *histograms: Histogram) -> Json:
     ends = [end for one in histograms for low, high, _ in one.bars(BARS) for end in (low, high)]
     return {
         "xaxis": log_axis(unit, min(ends), max(ends)),
-        "yaxis": {"rangemode": "tozero", "tickformat": ",~s"},
+        "yaxis": count_axis(max(n for one in histograms for _, _, n in one.bars(BARS))),
         "hovermode": "closest",
     }
+
+
+def count_axis(peak: float) -> Json:
+    """An axis of counts from 0 up to a peak; there are no fractions of a request."""
+    return {"range": [0, max(1, 1.12 * peak)], "tickformat": ",~s", **({"dtick": 1} if peak < 6 else {})}
 
 
 def log_axis(title: str, low: float, high: float) -> Json:

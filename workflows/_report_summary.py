@@ -45,6 +45,7 @@ def summarize(numbers: Numbers, left_out: int, budgets: Budgets) -> Summary:
         "lines_left_out": left_out,
         "began": iso(numbers.began),
         "ended": iso(numbers.ended),
+        "busy_seconds": round(numbers.busy_seconds, 3) if numbers.timed else None,
         "lines_with_times": numbers.timed,
         "lines_without_times": numbers.lines - numbers.timed - numbers.unsent,
         "seconds": distribution(numbers.seconds),
@@ -135,7 +136,10 @@ def period(summary: Summary) -> str:
         return ""
     began, ended = (datetime.fromisoformat(summary[name]) for name in ("began", "ended"))
     days = "" if began.date() == ended.date() else f"{ended:%Y-%m-%d} "
-    length = duration((ended - began).total_seconds())
+    whole = (ended - began).total_seconds()
+    length = duration(whole) + (
+        f", {duration(busy)} without pauses" if (busy := summary["busy_seconds"]) < whole - 60 else ""
+    )
     return f"{began:%Y-%m-%d %H:%M:%S} to {days}{ended:%H:%M:%S} UTC, {length}"
 
 
