@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from api_request_parallel_processor import duration
 from workflows._report_sketches import Histogram, thinned
-from workflows._report_summary import duration, figure
+from workflows._report_summary import figure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

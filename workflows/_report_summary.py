@@ -7,6 +7,8 @@ import textwrap
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from api_request_parallel_processor import duration
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -137,10 +139,9 @@ def period(summary: Summary) -> str:
     began, ended = (datetime.fromisoformat(summary[name]) for name in ("began", "ended"))
     days = "" if began.date() == ended.date() else f"{ended:%Y-%m-%d} "
     whole = (ended - began).total_seconds()
-    length = duration(whole) + (
-        f", {duration(busy)} without pauses" if (busy := summary["busy_seconds"]) < whole - 60 else ""
-    )
-    return f"{began:%Y-%m-%d %H:%M:%S} to {days}{ended:%H:%M:%S} UTC, {length}"
+    busy = summary["busy_seconds"]
+    without = f", {duration(busy)} without pauses" if busy < whole - 60 else ""
+    return f"{began:%Y-%m-%d %H:%M:%S} to {days}{ended:%H:%M:%S} UTC, {duration(whole)}{without}"
 
 
 def attempt_rows(summary: Summary) -> list[tuple[str, int]]:
@@ -323,17 +324,6 @@ def figure(value: float, *, whole: bool = False) -> str:
 def money(value: float) -> str:
     """An amount of money, with the digits that say something."""
     return f"{value:,.2f}" if value >= 100 else f"{value:.4f}" if value >= 0.01 else f"{value:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """A length of time: 75 -> "1 min 15 s"."""
-    whole = round(seconds)
-    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
-    if days:
-        return f"{days:,} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
 
 
 def plain(text: str) -> str:
