@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from tests.browser import Page, find_browser, new_page
 from tests.jobs import ProviderProcess, chat, chats, clean_environment, run_program, told, write_lines
 from workflows import _run, report
 from workflows._prices import Bill
+from workflows._report_plots import plots_of
+from workflows._report_summary import summarize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -275,6 +278,56 @@ def evil_results(path: Path) -> Path:
         lines.append([{**request, "n": 3}, [text], text, {**details, "started": text}])
         lines.append([text, [{"kind": text, "message": {text: text}, "response": text}], text])
     return write_lines(path, lines)
+
+
+def at(moment: float, /, **more: Any) -> dict[str, Any]:
+    """Make details of a request that started so long after a moment."""
+    started = datetime(2026, 11, 20, 10, tzinfo=UTC) + timedelta(seconds=moment)
+    return {**TIMES, "started": started.isoformat(timespec="milliseconds"), "line": int(moment), **more}
+
+
+PLOTS_OF: dict[str, tuple[list[Any], str]] = {
+    "nothing": ([], ""),
+    "one success": ([[chat(), reply(), None, at(0)]], "requests tokens latency estimates lengths"),
+    "one failure": ([[chat(), failure(), None, at(0)]], "requests tokens errors"),
+    "one that was never sent": ([[chat(), failure("bad_line"), None, at(0, started=None, seconds=None)]], ""),
+    "no details": ([[chat(str(i)), reply()] for i in range(3)], "lengths"),
+    "no tokens": ([[chat(), reply(usage=None), None, at(0, seconds=0)]], "requests tokens"),
+    "refusals alone": (
+        [[chat(), reply(), None, at(0, refusals=3)]],
+        "requests tokens errors latency estimates lengths",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLOTS_OF)
+def test_plots_are_those_that_the_file_has_numbers_for(tmp_path: Path, name: str) -> None:
+    """Where there is nothing to be drawn, there is no empty plot, but words."""
+    pytest.importorskip("plotly")
+    lines, wanted = PLOTS_OF[name]
+    path = Path(make_page(write_lines(tmp_path / "x_results.jsonl", lines)).removeprefix("file://"))
+    text = path.read_text("utf-8")
+    found = re.search(r'<script type="application/json" id="plots">(.*?)</script>', text)
+    assert found
+    assert [plot["id"] for plot in json.loads(found[1])] == [f"plot-{one}" for one in wanted.split()]
+    assert text.count('class="plot"') == len(wanted.split())
+    assert "NaN" not in text.partition("<script>")[0]
+    assert text.startswith("<!doctype html>")
+
+
+def test_pauses_between_runs_take_no_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that was filled in two runs, a night apart, is told and drawn without the night."""
+    lines = [[chat(str(i)), reply(), None, at(i)] for i in (*range(100), *range(40000, 40100))]
+    path = write_lines(tmp_path / "x_results.jsonl", lines)
+    numbers, left_out = report.count(path, Bill())
+    summary = summarize(numbers, left_out, (0, 0))
+    axis = plots_of(numbers, summary)["requests"].layout["xaxis"]
+    [cut] = [[end / 1000 - numbers.began for end in part["bounds"]] for part in axis["rangebreaks"] if numbers.began]
+    assert 102 < cut[0] < 170
+    assert 39990 < cut[1] <= 40000
+    assert axis["range"][1] - axis["range"][0] < 1000 * 40200
+    assert report.main([str(path)]) == 0
+    assert re.search(r"UTC, 11 h 8 min, 3 min \d+ s\s+without pauses", capsys.readouterr().out)
 
 
 def in_browser(scenario: Callable[[Page], Coroutine[Any, Any, None]]) -> None:

@@ -205,8 +205,7 @@ def as_text(summary: Summary, path: str) -> str:
 def heading(summary: Summary, path: str) -> Iterator[str]:
     """Name of the file and time of the run."""
     yield plain(path)
-    if words := period(summary):
-        yield words
+    yield from textwrap.wrap(period(summary), WIDTH, subsequent_indent="  ")
 
 
 def outcome(summary: Summary) -> Iterator[str]:
