@@ -75,12 +75,11 @@ class Timeline:
     The buckets are a dict, so that pauses between runs cost nothing.
     """
 
-    WIDTHS = (1, 5, 10, 30, 60, 300, 1800, 3600, 21600, 86400, 604800, 6048000, 60480000, 604800000)  # seconds
+    WIDTHS = (1, 5, 10, 30, 60, 300, 1800, 3600, 21600, 86400)  # seconds; then ten times as much each
     BUCKETS = 4096
     MINUTE = 60
 
     def __init__(self) -> None:
-        self.level = 0
         self.width = self.WIDTHS[0]  # seconds of a bucket
         self.buckets: dict[int, defaultdict[str, float]] = {}
 
@@ -95,9 +94,8 @@ class Timeline:
 
     def widen(self) -> None:
         """Merge the buckets into wider ones."""
-        self.level += 1
-        factor = self.WIDTHS[self.level] // self.width
-        self.width = self.WIDTHS[self.level]
+        wider = next((width for width in self.WIDTHS if width > self.width), 10 * self.width)
+        factor, self.width = wider // self.width, wider
         merged: dict[int, defaultdict[str, float]] = {}
         for number, bucket in self.buckets.items():
             merge(merged.setdefault(number // factor, defaultdict(float)), bucket)
