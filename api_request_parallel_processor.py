@@ -663,10 +663,13 @@ class Usage(NamedTuple):
         return self.prompt + self.output
 
 
-PROMPT_KEYS = {*"messages input prompt contents system instructions systemInstruction response_format text".split()}
+PROMPT_KEYS = {*"messages input prompt suffix contents system instructions systemInstruction".split(),
+    *"system_instruction response_format text responseSchema responseJsonSchema".split()}  # fmt: skip
 CAP_KEYS = ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_new_tokens", "maxOutputTokens")
-NUMBER_KEYS = dict.fromkeys(CAP_KEYS, "cap") | dict.fromkeys(("n", "best_of", "candidateCount"), "answers")
-MEDIA_KEYS = {*"image image_url audio input_audio video video_url file file_data source inlineData inline_data".split()}
+ANSWER_KEYS = ("n", "best_of", "candidateCount", "candidate_count", "num_responses")
+NUMBER_KEYS = dict.fromkeys(CAP_KEYS, "cap") | dict.fromkeys(ANSWER_KEYS, "answers")
+MEDIA_KEYS = {*"image image_url audio input_audio video video_url file file_data fileData source".split(),
+    "inlineData", "inline_data"}  # fmt: skip
 PART_KEYS = MEDIA_KEYS | {"role", "content", "text", "parts", "name", "function", "thinking", "output"}
 SILENT_KEYS = {"role", "type", "id", "call_id", "tool_call_id", "index", "status", "detail", "encrypted_content"}
 # Images by the start of the model's name, from the guides of the providers: base, price of a tile, its side in pixels.
@@ -690,7 +693,7 @@ def estimate_tokens(body: Any, shape: str, count: Callable[[str], int]) -> Estim
                 prompt += content_tokens(value, model, count) + (4 if reply and isinstance(value, str) else 0)
             elif key in NUMBER_KEYS and type(value) in (int, float) and 0 <= value <= 10**9:
                 numbers[NUMBER_KEYS[key]] = max(numbers.get(NUMBER_KEYS[key], 0), int(value))
-            elif key in {"input", "parameters", "generationConfig"} and isinstance(value, dict):
+            elif key in {"input", "parameters", "generationConfig", "generation_config"} and isinstance(value, dict):
                 fields += value.items()  # as if they were not nested
             elif key in {"tools", "functions"} and value:
                 prompt += 12 + sum(tool_tokens(tool, count) for tool in (value if isinstance(value, list) else [value]))
@@ -722,6 +725,8 @@ def content_tokens(value: Any, model: str, count: Callable[[str], int]) -> int:
 
 def tool_tokens(tool: Any, count: Callable[[str], int]) -> int:
     """One tool by the OpenAI cookbook's function rule; what that does not cover (nested schemas) as JSON text."""
+    if declared := tool.get("functionDeclarations") or tool.get("function_declarations"):  # Gemini
+        return sum(tool_tokens(function, count) for function in declared)
     function = tool.get("function", tool)
     properties = (function.get("parameters") or function.get("input_schema") or {}).get("properties", {})
     total = count(f"{function.get('name')}:{function.get('description', '')}".removesuffix("."))

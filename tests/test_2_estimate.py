@@ -176,6 +176,14 @@ def test_tool_that_is_no_function_costs_something() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["functionDeclarations", "function_declarations"])
+def test_tools_of_gemini_are_counted_one_by_one(name: str) -> None:
+    """Google puts all functions into one tool; they cost what they cost elsewhere."""
+    one = {"name": "f", "description": "two words", "parameters": {"properties": {"a": {"type": "STRING"}}}}
+    elsewhere = prompt_of({"tools": [{"type": "function", "function": one}] * 2}, "chat")
+    assert prompt_of({"tools": [{name: [one, one]}]}, "gemini") == elsewhere
+
+
 def test_nested_schema_counts_as_json_besides_its_property() -> None:
     """A property with items costs `key:type:description` and the JSON text of the rest."""
     properties = {"names": {"type": "array", "description": "all names.", "items": {"type": "string"}}}
@@ -202,6 +210,10 @@ def test_nested_schema_counts_as_json_besides_its_property() -> None:
         ),
         ("deepinfra", {"input": "[INST] two words [/INST]"}, 4),
         ("moderations", {"input": ["two words", "three more words"]}, 5),
+        ("gemini", {"system_instruction": {"parts": [{"text": "be kind"}]}, "contents": []}, 3 + 2),
+        ("gemini", {"contents": [], "generationConfig": {"responseSchema": "two words"}}, 3 + 4 + 2),
+        ("gemini", {"contents": [{"parts": [{"fileData": {"fileUri": "https://x.example/y.mp4"}}]}]}, 3 + 1000),
+        ("completions", {"prompt": "two words", "suffix": "one"}, 3),
     ],
 )
 def test_other_families(shape: str, body: Any, tokens: int) -> None:
@@ -245,7 +257,9 @@ def test_strings_and_token_ids(shape: str, texts: Any, tokens: int) -> None:
         ("dashscope", {"parameters": {"max_tokens": 10, "n": 2}}, 20, 2),
         ("dashscope", {"parameters": "none"}, None, 1),
         ("deepinfra", {"input": "x", "max_new_tokens": 64}, 64, 1),
+        ("deepinfra", {"input": "x", "max_new_tokens": 64, "num_responses": 2}, 128, 2),
         ("gemini", {"generationConfig": {"maxOutputTokens": 8, "candidateCount": 2}}, 16, 2),
+        ("gemini", {"generation_config": {"max_output_tokens": 8, "candidate_count": 2}}, 16, 2),
     ],
 )
 def test_output_cap(shape: str, body: Any, cap: int | None, answers: int) -> None:
