@@ -1145,13 +1145,15 @@ class Secrets(logging.Filter):
 
     patterns: tuple[re.Pattern[bytes], ...] = ()
 
-    def add(self, text: str) -> None:
-        """Look for this text from now on, however JSON and URLs write it."""
+    def add(self, text: str, *, always: bool = False) -> None:
+        """Look for this text from now on, however JSON and URLs write it; a short one `always`, as a whole word."""
         pattern = ""
         for sign in text:
             ways = (sign, f"\\{sign}", json.dumps(sign)[1:-1], f"\\u{ord(sign):04x}", quote(sign, safe=""))
             pattern += sign if re.match(r"(?a)[\w-]", sign) else f"(?i:{'|'.join(map(re.escape, ways))})"
-        self.patterns += (re.compile(pattern.encode()),) if len(text) >= SHORTEST_SECRET else ()
+        if short := len(text) < SHORTEST_SECRET:
+            pattern = rf"(?:(?<!\w)|(?<=\\[bfnrt])){pattern}(?!\w)"
+        self.patterns += (re.compile(pattern.encode()),) if text and (always or not short) else ()
 
     def clean(self, data: bytes) -> bytes:
         """Replace every secret."""
@@ -2103,9 +2105,9 @@ def make_endpoint(settings: Settings, secrets: Secrets) -> Endpoint:
     if not (key.isascii() and key.isprintable()):
         raise UsageError(f"the key from {source} holds characters that no key has, a line break perhaps: copy it again")
     LOGGER.info("%s: %s", host, f"key from {source}" if key else "no key")
-    if 0 < len(key) < SHORTEST_SECRET:
+    secrets.add(key, always=provider.name == "json_gateway")  # a user name, which may be short
+    if 0 < len(key) < SHORTEST_SECRET and provider.name != "json_gateway":
         LOGGER.warning("The key is shorter than %d characters: it is not searched for in replies.", SHORTEST_SECRET)
-    secrets.add(key)
     headers = {"Content-Type": "application/json", "User-Agent": f"api_request_parallel_processor/{__version__}"}
     headers |= provider.auth_headers(key)
     for line in settings.request_header:

@@ -210,6 +210,36 @@ def test_the_key_in_a_header_of_ones_own(tmp_path: Path) -> None:
     assert own not in played.results.read_text("utf-8")
 
 
+USER = "lab_user"
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind"),
+    [
+        ({"detail": f"{USER} has no credits", "username": USER}, "bad_reply"),
+        ({"raw": json.dumps({"error": {"message": f"no credits:\n{USER}"}})}, "server_error"),
+        (f"<p>{USER}</p>", "bad_reply"),
+    ],
+)
+def test_the_user_name_of_a_gateway_is_redacted_however_short(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, reply: Any, kind: str
+) -> None:
+    """It is no secret that looks like one, but it is in nothing that is saved or said."""
+    rules = [{"status": 200, "body": reply}]
+    settings = {"path": "/gpt", "api_key": USER, "max_attempts": 1, "save_details": True, "logging_level": "10"}
+    played = play(tmp_path, chats(1), Options(statuses=rules), **settings)
+    assert played.kinds == [[kind]]
+    assert "[REDACTED]" in json.dumps(played.lines)
+    assert USER not in json.dumps(played.lines) + caplog.text + played.tally.last_trouble
+
+
+def test_words_that_hold_a_short_user_name_stay(tmp_path: Path) -> None:
+    """A short name is looked for as a whole word."""
+    rules = [{"contains": "question", "answer": "bobsled, Bob, Rebob, bob!"}]
+    (line,) = play(tmp_path, chats(1), Options(statuses=rules), path="/gpt", api_key="bob").lines
+    assert line[1]["choices"][0]["message"]["content"] == "bobsled, Bob, Rebob, [REDACTED]!"
+
+
 class RawHeads(BaseHTTPRequestHandler):
     """Remembers the names of the headers as they came, and answers a chat."""
 
