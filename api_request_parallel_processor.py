@@ -1322,7 +1322,7 @@ TRY_AGAIN = re.compile(r'(?:(?:again|retry) (?:in|after)|retryDelay":) ?"?((?:\d
 NUMBER = re.compile(r"\d{1,13}(?:\.\d{1,9})?")
 DURATION = re.compile(rf"({NUMBER.pattern}) ?(ms|milli|[smhd]|$)[a-z]*[. ]*", re.IGNORECASE)
 SECONDS_IN = {"": 1.0, "ms": 0.001, "milli": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-WORDS_KEPT, LONGEST_WAIT_SECONDS, LONGEST_RETRY_SECONDS, EPOCH = 1500, 600.0, 60.0, 1e9
+WORDS_READ, WORDS_KEPT, LONGEST_WAIT_SECONDS, LONGEST_RETRY_SECONDS, EPOCH = 6000, 1500, 600.0, 60.0, 1e9
 
 
 class Verdict(NamedTuple):
@@ -1351,7 +1351,8 @@ def judge(reply: Reply, provider: Provider, shape: str) -> Verdict:
     rules = chain(provider.codes.items(), RULES.items())
     fits = (told for pattern, told in rules for word in words if re.fullmatch(pattern, word, re.IGNORECASE))
     kind = kind or next(fits)
-    return Verdict(ACTIONS[kind], kind, message or f"status {status} without a usable answer", code or family)
+    message = message[:WORDS_KEPT] or f"status {status} without a usable answer"
+    return Verdict(ACTIONS[kind], kind, message, code or family)
 
 
 def look_inside(body: Any, answer: str) -> str | None:
@@ -1370,7 +1371,7 @@ def look_inside(body: Any, answer: str) -> str | None:
         whole |= only(dict, whole.get(name))
     found = only(list, whole.get("choices") or whole.get("candidates") or [whole])
     choices = [{**choice, **only(dict, choice.get("message"))} for choice in found if only(dict, choice)]
-    ends = {str(choice.get(name)).lower() for choice in choices for name in ENDS}
+    ends = {str(choice.get(name)).lower().partition(":")[0] for choice in choices for name in ENDS}
     if not choices or ends & UNFINISHED:
         return "server_error" if choices else "bad_reply"
     texts = [choice.get(name) for choice in choices for name in ("content", "text", "output")]
@@ -1381,7 +1382,8 @@ def look_inside(body: Any, answer: str) -> str | None:
 def error_words(body: Any, text: str = "") -> tuple[str, str, str]:
     """Code, type and message of an error body: nested, flat, in a list, FastAPI's detail, a string, plain text."""
     body = body[0] if isinstance(body, list) and body else body
-    error = only(dict, only(dict, body).get("error")) or only(dict, body)
+    inner = only(dict, only(dict, body).get("error"))
+    error = {**only(dict, body), "error": None, **inner} if inner else only(dict, body)
     said = " ".join(one_line(error[name]) for name in ERROR_KEYS if error.get(name)) or only(str, body) or text
     return one_line(error.get("code")), one_line(error.get("type") or error.get("status")), one_line(said)
 
@@ -1389,7 +1391,7 @@ def error_words(body: Any, text: str = "") -> tuple[str, str, str]:
 def one_line(value: Any) -> str:
     """What a value says, on one bounded line: a text itself, all else as JSON."""
     text = value if isinstance(value, str) else dumps(value).decode() if value else ""
-    return " ".join(text[: 4 * WORDS_KEPT].split())[:WORDS_KEPT]
+    return " ".join(text[:WORDS_READ].split())
 
 
 def only(kind: type[T], value: Any) -> T:
@@ -2304,8 +2306,8 @@ PROVIDERS = {row.name: row for row in (
         "requests at once and per minute, tokens per minute and day, shared by all models",
         {r"exceeded_current_quota_error|.*\bTPD\b.*": "no_money", "engine_overloaded_error": "server_error"}),
     Provider("ark", "ark.*.volces.com", ("ARK_API_KEY",), "requests and tokens per minute and endpoint, growth", {
-        "AccountOverdueError|QuotaExceeded|SetLimitExceeded": "no_money", r"\w*(Sensitive|Risk)\w*": "content_filter",
-        r"[\w.]*RateLimitExceeded[\w.]*|InflightBatchsizeExceeded|RequestBurstTooFast|ServerOverloaded": "rate_limit",
+        "AccountOverdueError|QuotaExceeded|SetLimitExceeded": "no_money", r"\w*(Sensitive|Risk)\S*": "content_filter",
+        r"\S*RateLimitExceeded\S*|InflightBatchsizeExceeded|RequestBurstTooFast|ServerOverloaded": "rate_limit",
         "(InvalidParameter|InvalidEndpointOrModel).*|OutofContextError|ModelNotOpen": "bad_request"}),
     Provider("baichuan", "api.baichuan-ai.com", ("BAICHUAN_API_KEY",), "requests per minute",
         {".*(insufficient|balance|余额|欠费).*": "no_money"}),
@@ -2313,15 +2315,16 @@ PROVIDERS = {row.name: row for row in (
         "requests at once per model, then by the minute, day, week and month", concurrency=20, codes={
         "130[235]": "rate_limit", "1312|1120|1230|1234|500": "server_error", "1113|1304|1308|1309|1310": "no_money",
         "100[0-4]|111[0-2]|1121|1220": "auth", "121[0-5]|1261": "bad_request", "1301": "content_filter"}),
-    Provider("jiekou", "api.jiekou.ai", ("JIEKOU_API_KEY",), codes={".*balance.*": "rate_limit"}),  # its FAQ
+    Provider("jiekou", "api.jiekou.ai", ("JIEKOU_API_KEY",), codes={  # balance: says its FAQ
+        "http402": "no_money", ".*balance.*": "rate_limit"}),
     Provider("mistral", "*.mistral.ai", ("MISTRAL_API_KEY",), "requests per second, tokens per minute and month",
-        {"3505": "server_error"}, per_second=True),
+        {"3505|service_tier_capacity_exceeded": "server_error"}, per_second=True, asks_usage=False),
     Provider("gemini", "generativelanguage.googleapis.com", ("GEMINI_API_KEY", "GOOGLE_API_KEY"),
         "requests and tokens per minute, requests per day", GOOGLE_CODES, "x-goog-api-key: "),
     Provider("vertex", "*aiplatform.googleapis.com", ("VERTEX_ACCESS_TOKEN",), "a quota, and capacity that all share",
         GOOGLE_CODES, names_model=False),
     Provider("anthropic", "api.anthropic.com", ("ANTHROPIC_API_KEY",), "requests, input and output tokens per minute",
-        {".*(enforced_spend_limit|credit balance|usage limit).*|billing_error": "no_money"}, "x-api-key: "),
+        {".*(spend.limit|credit balance|usage limit).*|billing_error": "no_money"}, "x-api-key: "),
     Provider("infinigence", "cloud.infini-ai.com", ("INFINI_API_KEY", "INFINIAI_API_KEY")),
     Provider("siliconflow", "api.siliconflow.cn api.siliconflow.com", ("SILICONFLOW_API_KEY",),
         "requests and tokens per minute and day", {"30001": "no_money"}),

@@ -189,6 +189,12 @@ CODES = [
     ("groq", 413, nested("rate_limit_exceeded", "Request too large: Limit 6000, Requested 8000, please reduce", type="tokens"), REJECTED),
     ("groq", 413, nested("rate_limit_exceeded", "Please try again in 4.2s", type="tokens"), REFUSED),
     ("groq", 413, nested("x"), REJECTED),
+    ("ark", 400, nested("InputImageSensitiveContentDetected.PrivacyInformation"), FILTERED),
+    ("ark", 400, nested("SensitiveContentDetected.Violence"), FILTERED),
+    ("jiekou", 402, nested(message="balance not enough"), NO_MONEY),
+    ("mistral", 429, {"object": "error", "message": "w", "type": "service_tier_capacity_exceeded", "code": None}, BUSY),
+    ("anthropic", 429, nested(type="rate_limit_error", message="This request would exceed your account's monthly spend limit."), NO_MONEY),
+    ("anthropic", 429, {**nested(type="rate_limit_error"), "error_code": "enforced_spend_limit_reached"}, NO_MONEY),
     ("groq", 498, nested("capacity_exceeded"), BUSY),
     ("local", 400, nested(400, type="BadRequestError"), REJECTED),
     ("local", 503, nested(503, "Loading model", type="unavailable_error"), BUSY),
@@ -211,6 +217,8 @@ UNDER_200: list[tuple[str, Any, tuple[str, str]]] = [
     ("chat", choice("content_filter", None), FILTERED),
     ("chat", choice("content_filter", ""), FILTERED),
     ("chat", choice("sensitive", ""), FILTERED),
+    ("chat", choice("content_filter: PROHIBITED_CONTENT"), FILTERED),
+    ("chat", choice("RECITATION"), FILTERED),
     ("chat", choice("network_error", ""), BUSY),
     ("chat", choice("insufficient_system_resource", "half"), BUSY),
     ("chat", choice("error", "", error={"code": 502, "message": "w"}), BUSY),
@@ -346,13 +354,33 @@ def test_error_words(body: Any, expected: tuple[str, str, str]) -> None:
     assert error_words(body) == expected
 
 
+def test_a_quota_of_the_day_is_found_behind_many_words() -> None:
+    """Google names every quota that is used up, twice; what decides may come last."""
+    metric = "generativelanguage.googleapis.com/generate_content_free_tier_requests"
+    told = f"* Quota exceeded for metric: {metric}, limit: 20, model: gemini-2.5-flash\n" * 3
+    quotas = [f"GenerateRequestsPer{span}PerProjectPerModel-FreeTier" for span in ("Minute", "Minute", "Day")]
+    where = {"quotaMetric": metric, "quotaDimensions": {"location": "global", "model": "gemini-2.5-flash"}}
+    violations = [{**where, "quotaId": quota, "quotaValue": "20"} for quota in quotas]
+    details = [
+        {"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": violations},
+        {"retryDelay": "36s"},
+    ]
+    body = nested(
+        429, "You exceeded your current quota, please check your plan and billing. " * 4 + told, details=details
+    )
+    assert verdict("gemini", 429, body) == NO_MONEY
+    found = read_limits(Reply(status=429, body=body), PROVIDERS["gemini"], NOW)
+    assert found is not None
+    assert found.retry_after == 36
+
+
 def test_long_messages_are_cut() -> None:
     """A message of a megabyte does not end up in the log."""
     assert (
         len(judge(Reply(status=400, body={"error": {"message": "x " * 10**6}}), PROVIDERS["openai"], "chat").message)
         < 2000
     )
-    assert len(error_words(None, "y" * 10**6)[2]) < 2000
+    assert len(judge(Reply(status=500, text="y" * 10**6), PROVIDERS["openai"], "chat").message) < 2000
 
 
 LIMITS = [
