@@ -1207,8 +1207,8 @@ class Endpoint:
         assert self.session is not None
         if self.provider.name == "json_gateway":
             body = wrap_gateway(body, self.key)
-        elif body.get("stream") is True and "stream_options" not in body:  # for its usage; the user's line stays
-            body = {**body, "stream_options": {"include_usage": True}}
+        elif body.get("stream") is True and self.provider.asks_usage:  # the user's line stays
+            body = {**body, "stream_options": {"include_usage": True, **only(dict, body.get("stream_options"))}}
         reply, raw, data = Reply(), bytearray(), dumps(body)
         large = io.BytesIO(data) if len(data) > LARGE_BODY else data
         try:
@@ -1238,14 +1238,15 @@ class Endpoint:
         return reply
 
     def _parse(self, raw: bytes, reply: Reply) -> None:
-        if reply.status == 200 and "event-stream" in reply.headers.get("Content-Type", ""):
-            reply.body, reply.message = assemble_stream(raw)
-            reply.failure = "connection" if reply.body is None else ""
-            return
+        streamed = "event-stream" in reply.headers.get("Content-Type", "") or re.match(rb"\s*(data|event)?:", raw)
         try:
             reply.body = loads(raw)  # whatever its content type claims
         except ValueError:
-            reply.text = raw[:TEXT_KEPT].decode(errors="replace")
+            if reply.status == 200 and streamed:
+                reply.body, reply.message = assemble_stream(raw)
+                reply.failure = "connection" if reply.body is None else ""
+            else:
+                reply.text = raw[:TEXT_KEPT].decode(errors="replace")
         if 300 <= reply.status < 400:
             reply.headers = {"Location": self.secrets.redact(reply.headers.get("Location", "nowhere"))}
         elif self.provider.name == "json_gateway" and reply.status == 200:
@@ -2262,6 +2263,7 @@ class Provider(NamedTuple):
     concurrency: int = 0  # in flight at once, to start with; 0 = no such limit is known
     windows: Mapping[str, int] = {}  # of its headers in a minute, if not one; 0: by the day, which is no pace
     names_model: bool = True  # a request must have "model"
+    asks_usage: bool = True  # a stream tells its usage if asked to; others refuse the question
     headers: Mapping[str, str] = {}  # what it wants besides
 
     def auth_headers(self, key: str) -> dict[str, str]:
@@ -2405,14 +2407,15 @@ def assemble_stream(raw: bytes) -> tuple[dict[str, Any] | None, str]:
     except ValueError:
         return None, "the stream broke off within an event, or is none"
     for event in events:
-        if event.get("error") or ("choices" not in event and error_words(event)[2]):
+        if event.get("error") or ("choices" not in event and any(map(event.get, ("message", "msg", "detail")))):
             return event, ""
     reply = only(dict, joined(events))
     choices = only(list, reply.get("choices"))
     if not choices or not all(only(dict, choice).get("finish_reason") for choice in choices):
         return None, "the stream broke off before a finish reason"
     for choice in choices:
-        choice["message"] = {"role": "assistant", "content": None, **only(dict, choice.pop("delta", None))}
+        said = {**only(dict, choice.get("message")), **only(dict, choice.pop("delta", None))}
+        choice["message"] = {"role": "assistant", "content": None, **said}
         for call in only(list, choice["message"].get("tool_calls")):
             only(dict, call).pop("index", None)
     choices.sort(key=lambda choice: only(int, choice.get("index")))
@@ -2427,15 +2430,28 @@ def joined(values: list[Any], name: str = "", *, in_delta: bool = False) -> Any:
     if kinds == {dict}:
         names = dict.fromkeys(chain.from_iterable(values))
         return {n: joined([v.get(n) for v in values], n, in_delta=in_delta or n == "delta") for n in names}
-    if kinds == {str} and in_delta and name not in ("id", "type", "role", "name"):
+    if kinds == {str} and in_delta and name not in ("id", "type", "role", "name", "format"):
         return "".join(values)
     if list not in kinds:
         return next(filter(None, reversed(values)), values[0] if values else None)
-    parts: dict[str, list[Any]] = {}  # items with the same index are pieces of one
+    items: list[list[Any]] = []  # the pieces of each item
+    latest: dict[str, list[Any]] = {}  # the newest item of each index and type
     texts = ([{"type": "text", "text": value}] if isinstance(value, str) and value else value for value in values)
-    for item in chain.from_iterable(only(list, value) for value in texts):  # Mistral mixes texts and lists
-        parts.setdefault(str(only(dict, item).get("index", f"alone {len(parts)}")), []).append(item)
-    return [joined(part, in_delta=in_delta) for part in parts.values()]
+    for piece in chain.from_iterable(only(list, value) for value in texts):  # Mistral mixes texts and lists
+        part = only(dict, piece)
+        index, kind = part.get("index", 0 if name == "choices" else None), part.get("type")
+        pieces = latest.get(mark := str(index if name == "tool_calls" else (index, kind)))
+        if name == "tool_calls" and pieces:  # Gemini numbers all of them 0, others none
+            named = only(dict, part.get("function")).get("name")
+            known, own = only(dict, pieces[0]).get("id"), part.get("id")
+            same = own == known if own and known else "index" in part or not named
+        else:
+            same = index is not None or (kind in ("text", "thinking") and pieces is (items or [[]])[-1])
+        if not pieces or not same:
+            items.append(pieces := [])
+            latest[mark] = pieces
+        pieces.append(piece)
+    return [joined(pieces, in_delta=in_delta) for pieces in items]
 
 
 def likely_mistake(endpoint: Endpoint, verdict: Verdict, reply: Reply) -> str:

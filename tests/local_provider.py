@@ -911,7 +911,8 @@ def deltas_of(message: dict[str, Any], reasoning_field: str) -> Iterator[dict[st
         yield {reasoning_field: piece}
     content = message["content"]
     if isinstance(content, list):
-        yield {"content": content[:1]}
+        for piece in pieces_of(content[0]["thinking"][0]["text"]):
+            yield {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": piece}]}]}
         content = content[1]["text"]
     for piece in pieces_of(content):
         yield {"content": piece}
@@ -925,7 +926,8 @@ def deltas_of(message: dict[str, Any], reasoning_field: str) -> Iterator[dict[st
 def stream_of(reply: dict[str, Any], turn: Turn) -> list[bytes]:
     """Return a chat reply as server-sent events."""
     top = {"id": reply["id"], "object": "chat.completion.chunk", "created": CREATED, "model": reply["model"]}
-    with_usage = bool((turn.body.get("stream_options") or {}).get("include_usage"))
+    asked = turn.body.get("stream_options") or {"include_usage": not turn.row.stream_options}
+    with_usage = bool(asked.get("include_usage"))
     if with_usage:
         top["usage"] = None
     lines = []
@@ -1148,6 +1150,7 @@ class Provider(NamedTuple):
     keep_alive_lines: int = 0
     multimodal: bool = False
     request_id: str = ""  # the header that names the call
+    stream_options: bool = True  # a stream tells its usage if asked to; others tell it unasked and refuse the question
 
 
 # A name with a slash is the row of that provider's native shape.
@@ -1172,7 +1175,7 @@ PROVIDERS: dict[str, Provider] = {
     "baichuan": Provider("baichuan"),
     "zhipu": Provider("zhipu", envelope="code_message"),
     "jiekou": Provider("jiekou"),
-    "mistral": Provider("mistral", envelope="object", headers="mistral", reasoning="list"),
+    "mistral": Provider("mistral", envelope="object", headers="mistral", reasoning="list", stream_options=False),
     "gemini": Provider("gemini", envelope="google_list", headers="body", reasoning=""),
     "gemini/gemini": Provider("gemini", envelope="google", headers="body", keys=("x-goog-api-key", "?key")),
     "vertex": Provider("vertex", envelope="google_list", reasoning=""),
@@ -1233,6 +1236,14 @@ def google_error(error: Problem) -> dict[str, Any]:
     return {"error": {**body, "details": details} if details else body}
 
 
+def google_list_error(error: Problem) -> Any:
+    """What Google's OpenAI-shaped endpoint makes of it."""
+    if error.kind != "filtered":
+        return [google_error(error)]
+    choice = {"index": 0, "message": {"role": "assistant"}, "finish_reason": f"content_filter: {error.code}"}
+    return {"object": "chat.completion", "choices": [choice], "usage": {"prompt_tokens": 1, "total_tokens": 1}}
+
+
 def azure_error(error: Problem) -> dict[str, Any]:
     body: dict[str, Any] = {"code": error.code, "message": error.message}
     if error.kind == "filtered":
@@ -1248,7 +1259,7 @@ ENVELOPES: dict[str, Callable[[Problem], Any]] = {
     "openai": openai_error,
     "azure": azure_error,
     "google": google_error,
-    "google_list": lambda error: [google_error(error)],
+    "google_list": google_list_error,
     "anthropic": lambda error: {
         "type": "error",
         "error": {"type": error.type, "message": error.message},
@@ -1935,7 +1946,9 @@ class LocalProvider:
             body = rule["body"]
             answer.body = (body if isinstance(body, str) else json.dumps(body)).encode()
             answer.content_type = "text/plain" if isinstance(body, str) else "application/json"
-        answer.headers += "".join(f"{name}: {value}\r\n" for name, value in rule.get("headers", {}).items())
+        headers = dict(rule.get("headers", {}))
+        answer.content_type = headers.pop("Content-Type", answer.content_type)
+        answer.headers += "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         answer.delay = rule.get("latency", answer.delay)
         return answer
 
@@ -2156,10 +2169,13 @@ def objection(call: Call, route: Route, body: dict[str, Any], options: Options) 
     """Return what a provider would say to a request that lacks something; "" if nothing."""
     if not call.model:
         return "you must provide a model parameter"
-    if call.row.envelope == "anthropic" and "anthropic-version" not in call.head.headers and not route.gateway:
+    versioned = "anthropic-version" in call.head.headers or route.gateway
+    if route.shape == "anthropic" and call.row.envelope == "anthropic" and not versioned:
         return "anthropic-version: header is required"
     if options.stream_only and route.shape == "chat" and body.get("stream") is not True:
         return "This model only support stream mode, please enable the stream parameter to access the model."
+    if "stream_options" in body and not call.row.stream_options:
+        return "Extra inputs are not permitted: stream_options"
     if body.get("stream") and route.shape != "chat":
         return "stream: the local provider streams chat only"
     return ""

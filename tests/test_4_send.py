@@ -357,6 +357,36 @@ def test_streams_are_put_together(tmp_path: Path) -> None:
     assert streamed[1]["choices"][0]["finish_reason"] == "stop"
 
 
+@pytest.mark.parametrize("content_type", ["text/plain", "text/event-stream"])
+@pytest.mark.parametrize("start", ["data: ", "data:", "event: message\ndata: ", ": keep-alive\n\ndata: "])
+def test_a_stream_is_known_by_its_body_too(tmp_path: Path, content_type: str, start: str) -> None:
+    """Gateways mislabel streams as well."""
+    event = {"choices": [{"index": 0, "delta": {"content": "pong"}, "finish_reason": "stop"}]}
+    rule = {"status": 200, "body": f"{start}{json.dumps(event)}\n\n", "headers": {"Content-Type": content_type}}
+    (line,) = play(tmp_path, [chat("x", stream=True)], Options(statuses=[rule])).lines
+    assert line[1]["choices"][0]["message"]["content"] == "pong"
+
+
+def test_json_that_is_called_a_stream(tmp_path: Path) -> None:
+    """A whole reply or an error, where a stream was asked for and claimed, is what it is."""
+    stream = {"Content-Type": "text/event-stream"}
+    whole = {"choices": [{"index": 0, "message": {"content": "pong"}, "finish_reason": "stop"}]}
+    rules = [{"contains": "000.", "status": 200, "body": whole, "headers": stream}]
+    rules += [{"status": 200, "body": {"error": {"code": 400, "message": "no such model"}}, "headers": stream}]
+    played = play(tmp_path, chats(2, stream=True), Options(statuses=rules))
+    assert played.by_id[0][1] == whole
+    assert [error["message"] for error in played.by_id[1][1]] == ["no such model"]
+
+
+def test_options_of_a_stream_are_kept(tmp_path: Path) -> None:
+    """What the user wants of a stream is sent together with what we want."""
+    request = chat("x", stream=True, stream_options={"include_obfuscation": False})
+    played = play(tmp_path, [request])
+    sent = json.loads(played.stats.calls_seen[0]["body"])
+    assert sent["stream_options"] == {"include_usage": True, "include_obfuscation": False}
+    assert played.lines[0][0] == request
+
+
 @pytest.mark.parametrize("fault", ["stream_cut", "truncated", "reset"])
 def test_streams_that_break_off_are_failed_attempts(tmp_path: Path, fault: str) -> None:
     """Half an answer is none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -26,6 +26,11 @@ from api_request_parallel_processor import (
     unwrap_gateway,
     wrap_gateway,
 )
+from tests.jobs import KEY, play
+from tests.local_provider import Options
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 BEARER = {"Authorization": "Bearer KEY"}
 VERSION = {"anthropic-version": "2023-06-01"}
@@ -205,7 +210,14 @@ def said(content: Any, finish: str = "stop", index: int = 0, **more: Any) -> dic
 
 
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
-CALL = {"id": "k1", "type": "function", "function": {"name": "f", "arguments": ""}}
+
+
+def call(name: str, arguments: str) -> dict[str, Any]:
+    """A tool call, or the first piece of one."""
+    return {"id": name, "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
+CALL = call("k1", "")
 STREAMS = {
     "text with usage in a last event": (
         events(delta(role="assistant", content=""), delta(content="po"), delta(content="ng"), delta(finish="stop"), {"id": "c1", "choices": [], "usage": USAGE}),
@@ -258,13 +270,73 @@ STREAMS = {
         whole(
             said(
                 [
-                    {"type": "thinking", "thinking": [{"type": "text", "text": "h"}]},
-                    {"type": "thinking", "thinking": [{"type": "text", "text": "m"}]},
-                    {"type": "text", "text": "po"},
-                    {"type": "text", "text": "ng"},
+                    {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+                    {"type": "text", "text": "pong"},
                 ]
             )
         ),
+    ),
+    "content in parts that take turns": (
+        events(
+            delta(content=[{"type": "thinking", "thinking": [{"type": "text", "text": "h"}]}]),
+            delta(content=[{"type": "text", "text": "a"}, {"type": "image_url", "image_url": "u"}]),
+            delta(content=[{"type": "thinking", "thinking": [{"type": "text", "text": "m"}]}], finish="stop"),
+        ),
+        whole(
+            said(
+                [
+                    {"type": "thinking", "thinking": [{"type": "text", "text": "h"}]},
+                    {"type": "text", "text": "a"},
+                    {"type": "image_url", "image_url": "u"},
+                    {"type": "thinking", "thinking": [{"type": "text", "text": "m"}]},
+                ]
+            )
+        ),
+    ),
+    "tool calls that all have the same index (Gemini)": (
+        events(delta(tool_calls=[{"index": 0, **call("k1", "{1}")}]), delta(tool_calls=[{"index": 0, **call("k2", "{2}")}]), delta(finish="tool_calls")),
+        whole(said(None, "tool_calls", tool_calls=[call("k1", "{1}"), call("k2", "{2}")])),
+    ),
+    "tool calls without index, whole": (
+        events(delta(tool_calls=[call("", "{1}"), call("", "{2}")]), delta(tool_calls=[call("k3", "{3}")]), delta(finish="tool_calls")),
+        whole(said(None, "tool_calls", tool_calls=[call("", "{1}"), call("", "{2}"), call("k3", "{3}")])),
+    ),
+    "tool calls without index, in pieces": (
+        events(delta(tool_calls=[call("k1", "{")]), delta(tool_calls=[{"function": {"arguments": "}"}}]), delta(tool_calls=[call("k2", "{}")]), delta(finish="tool_calls")),
+        whole(said(None, "tool_calls", tool_calls=[call("k1", "{}"), call("k2", "{}")])),
+    ),
+    "a tool call that repeats its id": (
+        events(delta(tool_calls=[{"index": 0, **call("k1", "{")}]), delta(tool_calls=[{"index": 0, **call("k1", "}")}]), delta(finish="tool_calls")),
+        whole(said(None, "tool_calls", tool_calls=[call("k1", "{}")])),
+    ),
+    "details of reasoning (OpenRouter)": (
+        events(
+            delta(reasoning_details=[{"type": "reasoning.text", "text": "h", "format": "f", "index": 0}]),
+            delta(reasoning_details=[{"type": "reasoning.text", "text": "m", "format": "f", "index": 0}]),
+            delta(reasoning_details=[{"type": "reasoning.encrypted", "data": "x", "format": "f", "index": 0}]),
+            delta(content="pong", finish="stop"),
+        ),
+        whole(
+            said(
+                "pong",
+                reasoning_details=[
+                    {"type": "reasoning.text", "text": "hm", "format": "f", "index": 0},
+                    {"type": "reasoning.encrypted", "data": "x", "format": "f", "index": 0},
+                ],
+            )
+        ),
+    ),
+    "a choice without index": (
+        events({"choices": [{"delta": {"content": "po"}}]}, {"choices": [{"delta": {"content": "ng"}, "finish_reason": "stop"}]}),
+        {"object": "chat.completion", "choices": [{"message": {"role": "assistant", "content": "pong"}, "finish_reason": "stop"}]},
+    ),
+    "a message in place of the last delta": (
+        events({"choices": [said("pong")]}),
+        {"object": "chat.completion", "choices": [said("pong")]},
+    ),
+    "an event about something else": (
+        events({"id": "c1", "metadata": {"a": 1}}, delta(content="pong", finish="stop")),
+        whole(said("pong"), metadata={"a": 1}),
     ),
     "usage inside the choice (Moonshot)": (
         events(delta(content="pong"), {**delta(), "choices": [{"index": 0, "delta": {}, "finish_reason": "stop", "usage": USAGE}]}),
@@ -400,6 +472,84 @@ def test_gateway_replies_without_raw_are_failures(body: Any) -> None:
     assert reply is None
     assert problem
     assert "no credits" in problem or "detail" not in (body or {})
+
+
+# ==== every row in real runs ==========================================================================================
+
+
+def ask(shape: str, text: str) -> dict[str, Any]:
+    """A request of each shape that says this."""
+    messages = [{"role": "user", "content": text}]
+    bodies: dict[str, dict[str, Any]] = {
+        "chat": {"model": "m", "messages": messages},
+        "anthropic": {"model": "m", "max_tokens": 64, "messages": messages},
+        "gemini": {"contents": [{"role": "user", "parts": [{"text": text}]}]},
+        "dashscope": {"model": "m", "input": {"messages": messages}},
+        "completions": {"model": "m", "prompt": text},
+    }
+    return bodies.get(shape, {"model": "m", "input": text})
+
+
+ROWS = {(name, shape): urlsplit(url).path.rstrip("/") for url, name, shape, _ in URLS if "llm.example.com" not in url}
+OUTCOMES = {  # what the provider answers to a question: how it ends
+    "plain": "",
+    "requests": "",
+    "overloaded": "",
+    "internal": "",
+    "filtered": "content_filter",
+    "missing": "bad_request",
+    "bad_request": "bad_request",
+}
+
+
+@pytest.mark.parametrize(("name", "shape"), ROWS)
+def test_every_row_in_a_run(tmp_path: Path, name: str, shape: str) -> None:
+    """Each provider's key, answers, token counts, refusals and errors, over sockets, in its own dialect."""
+    requests = [{**ask(shape, f"question {kind}."), "metadata": {"id": i}} for i, kind in enumerate(OUTCOMES)]
+    once = {"requests", "overloaded", "internal"}
+    rules = [
+        {"contains": f"question {kind}.", "kind": kind, "times": 1 if kind in once else 99}
+        for kind in OUTCOMES
+        if kind != "plain"
+    ]
+    options = Options(provider=name, api_key=KEY, statuses=rules)
+    played = play(tmp_path, requests, options, path=ROWS[name, shape], provider=name, save_details=True)
+    for i, (kind, expected) in enumerate(OUTCOMES.items()):
+        _, outcome, _, details = played.by_id[i]
+        if expected:
+            told = name not in ("deepinfra", "json_gateway", "local", "anthropic") and shape != "anthropic"  # in a code
+            kinds = [[expected]] if told else [[expected], ["bad_request"]]
+            assert [error["kind"] for error in outcome] in kinds, (kind, outcome)
+        else:
+            assert isinstance(outcome, dict), (kind, outcome)
+            assert shape == "moderations" or details["tokens"] > 0
+    assert KEY not in played.results.read_text("utf-8")
+
+
+@pytest.mark.parametrize("kind", ["auth", "no_money"])
+@pytest.mark.parametrize(("name", "shape"), ROWS)
+def test_every_row_stops_for_a_key_or_for_money(tmp_path: Path, name: str, shape: str, kind: str) -> None:
+    """A refused key or an empty account ends the run, and leaves the rest for later."""
+    options = Options(provider=name, statuses=[{"kind": kind}])
+    played = play(tmp_path, [ask(shape, "hi")] * 5, options, path=ROWS[name, shape], provider=name, give_up_minutes=1)
+    assert played.tally.exit_code == 3
+    assert not played.lines or (name, kind) == ("jiekou", "no_money")  # says of a rate limit that the balance is gone
+
+
+@pytest.mark.parametrize("reasoning", [False, True])
+@pytest.mark.parametrize("name", [name for name, shape in ROWS if shape == "chat" and name != "json_gateway"])
+def test_every_row_streams_what_it_answers(tmp_path: Path, name: str, reasoning: bool) -> None:
+    """A stream becomes what the same provider answers without: text, reasoning, tool calls, usage."""
+    tool = {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}], "tool_choice": "required"}
+    found = []
+    for stream in (False, True):
+        requests = [{**ask("chat", "hi"), **more, "stream": stream} for more in ({}, {"n": 2}, {"max_tokens": 3}, tool)]
+        options = Options(provider=name, reasoning=reasoning, stream_comments=True, stream_piece_bytes=7)
+        folder = tmp_path / str(stream)
+        folder.mkdir()
+        played = play(folder, requests, options, path=ROWS[name, "chat"], provider=name)
+        found.append({json.dumps({**line[0], "stream": 0}): line[1] for line in played.lines})
+    assert found[0] == found[1]
 
 
 MISTAKES = [
