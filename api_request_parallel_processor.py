@@ -665,11 +665,10 @@ class Usage(NamedTuple):
 
 PROMPT_KEYS = {*"messages input prompt suffix contents system instructions systemInstruction".split(),
     *"system_instruction response_format text responseSchema responseJsonSchema".split()}  # fmt: skip
-CAP_KEYS = ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_new_tokens", "maxOutputTokens")
-ANSWER_KEYS = ("n", "best_of", "candidateCount", "candidate_count", "num_responses")
-NUMBER_KEYS = dict.fromkeys(CAP_KEYS, "cap") | dict.fromkeys(ANSWER_KEYS, "answers")
-MEDIA_KEYS = {*"image image_url audio input_audio video video_url file file_data fileData source".split(),
-    "inlineData", "inline_data"}  # fmt: skip
+CAP_KEYS = "max_completion_tokens max_tokens max_output_tokens max_new_tokens maxOutputTokens".split()
+NUMBER_KEYS = dict.fromkeys(CAP_KEYS, "cap") | dict.fromkeys(
+    "n best_of candidateCount candidate_count num_responses".split(), "answers")  # fmt: skip
+MEDIA_KEYS = {*"image image_url audio input_audio video video_url file file_data source inlineData inline_data".split()}
 PART_KEYS = MEDIA_KEYS | {"role", "content", "text", "parts", "name", "function", "thinking", "output"}
 SILENT_KEYS = {"role", "type", "id", "call_id", "tool_call_id", "index", "status", "detail", "encrypted_content"}
 # Images by the start of the model's name, from the guides of the providers: base, price of a tile, its side in pixels.
@@ -1238,15 +1237,13 @@ class Endpoint:
         return reply
 
     def _parse(self, raw: bytes, reply: Reply) -> None:
-        streamed = "event-stream" in reply.headers.get("Content-Type", "") or re.match(rb"\s*(data|event)?:", raw)
         try:
             reply.body = loads(raw)  # whatever its content type claims
         except ValueError:
-            if reply.status == 200 and streamed:
+            reply.text = raw[:TEXT_KEPT].decode(errors="replace")
+            if reply.status == 200 and re.match(rb"\s*(data|event|id|retry)?:", raw):
                 reply.body, reply.message = assemble_stream(raw)
                 reply.failure = "connection" if reply.body is None else ""
-            else:
-                reply.text = raw[:TEXT_KEPT].decode(errors="replace")
         if 300 <= reply.status < 400:
             reply.headers = {"Location": self.secrets.redact(reply.headers.get("Location", "nowhere"))}
         elif self.provider.name == "json_gateway" and reply.status == 200:
@@ -1303,8 +1300,7 @@ ACTIONS = {kind: action for action, kinds in {  # what each kind of error asks f
 RULES = {  # what a whole code, type, status or message is like, in order; the provider's own rules come first
     "context_length_exceeded|model_not_found": "bad_request", r"content_(filter|policy)\w*": "content_filter",
     "http(401|403|407)": "auth", "http402": "no_money", "http429": "rate_limit", "http3..": "redirect",
-    "http(408|409|425|498|499|5..)": "server_error", "http4..": "bad_request",
-    # for errors under 200, of which only the words tell
+    "http(408|409|425|498|499|5..)": "server_error", "http4..": "bad_request",  # below: under 200, only words tell
     r"(auth|permission)\w*": "auth", r"billing\w*": "no_money", r"(rate_limit|throttl)\w*": "rate_limit",
     r"(invalid|bad_)\w*": "bad_request", ".*": "server_error"}
 BLOCKED = set("content_filter sensitive refusal safety recitation blocklist prohibited_content spii other".split())
@@ -1352,8 +1348,7 @@ def judge(reply: Reply, provider: Provider, shape: str) -> Verdict:
     rules = chain(provider.codes.items(), RULES.items())
     fits = (told for pattern, told in rules for word in words if re.fullmatch(pattern, word, re.IGNORECASE))
     kind = kind or next(fits)
-    message = message[:WORDS_KEPT] or f"status {status} without a usable answer"
-    return Verdict(ACTIONS[kind], kind, message, code or family)
+    return Verdict(ACTIONS[kind], kind, message[:WORDS_KEPT] or f"status {status}: no usable answer", code or family)
 
 
 def look_inside(body: Any, answer: str) -> str | None:
@@ -2317,8 +2312,7 @@ PROVIDERS = {row.name: row for row in (
         "requests at once per model, then by the minute, day, week and month", concurrency=20, codes={
         "130[235]": "rate_limit", "1312|1120|1230|1234|500": "server_error", "1113|1304|1308|1309|1310": "no_money",
         "100[0-4]|111[0-2]|1121|1220": "auth", "121[0-5]|1261": "bad_request", "1301": "content_filter"}),
-    Provider("jiekou", "api.jiekou.ai", ("JIEKOU_API_KEY",), codes={  # balance: says its FAQ
-        "http402": "no_money", ".*balance.*": "rate_limit"}),
+    Provider("jiekou", "*.jiekou.ai", ("JIEKOU_API_KEY",), codes={"http402": "no_money", ".*balance.*": "rate_limit"}),
     Provider("mistral", "*.mistral.ai", ("MISTRAL_API_KEY",), "requests per second, tokens per minute and month",
         {"3505|service_tier_capacity_exceeded": "server_error"}, per_second=True, asks_usage=False),
     Provider("gemini", "generativelanguage.googleapis.com", ("GEMINI_API_KEY", "GOOGLE_API_KEY"),
@@ -2434,24 +2428,19 @@ def joined(values: list[Any], name: str = "", *, in_delta: bool = False) -> Any:
         return "".join(values)
     if list not in kinds:
         return next(filter(None, reversed(values)), values[0] if values else None)
-    items: list[list[Any]] = []  # the pieces of each item
-    latest: dict[str, list[Any]] = {}  # the newest item of each index and type
+    items: dict[str, list[Any]] = {}  # the pieces of each item, by its index and what else tells it
+    newest: dict[str, Any] = {}  # what else tells the newest item of an index; the kind of the newest of all
     texts = ([{"type": "text", "text": value}] if isinstance(value, str) and value else value for value in values)
     for piece in chain.from_iterable(only(list, value) for value in texts):  # Mistral mixes texts and lists
         part = only(dict, piece)
         index, kind = part.get("index", 0 if name == "choices" else None), part.get("type")
-        pieces = latest.get(mark := str(index if name == "tool_calls" else (index, kind)))
-        if name == "tool_calls" and pieces:  # Gemini numbers all of them 0, others none
-            named = only(dict, part.get("function")).get("name")
-            known, own = only(dict, pieces[0]).get("id"), part.get("id")
-            same = own == known if own and known else "index" in part or not named
-        else:
-            same = index is not None or (kind in ("text", "thinking") and pieces is (items or [[]])[-1])
-        if not pieces or not same:
-            items.append(pieces := [])
-            latest[mark] = pieces
-        pieces.append(piece)
-    return [joined(pieces, in_delta=in_delta) for pieces in items]
+        own, new = index is not None and kind, kind != newest.get("kind") or kind not in ("text", "thinking")
+        if name == "tool_calls":  # Gemini numbers all of them 0, others none
+            own, new = part.get("id"), only(dict, part.get("function")).get("name")
+        mark = own or (len(items) if new and index is None else newest.get(str(index)))
+        newest |= {str(index): mark, "kind": kind}
+        items.setdefault(str((index, mark)), []).append(piece)
+    return [joined(pieces, in_delta=in_delta) for pieces in items.values()]
 
 
 def likely_mistake(endpoint: Endpoint, verdict: Verdict, reply: Reply) -> str:

@@ -212,7 +212,6 @@ def test_nested_schema_counts_as_json_besides_its_property() -> None:
         ("moderations", {"input": ["two words", "three more words"]}, 5),
         ("gemini", {"system_instruction": {"parts": [{"text": "be kind"}]}, "contents": []}, 3 + 2),
         ("gemini", {"contents": [], "generationConfig": {"responseSchema": "two words"}}, 3 + 4 + 2),
-        ("gemini", {"contents": [{"parts": [{"fileData": {"fileUri": "https://x.example/y.mp4"}}]}]}, 3 + 1000),
         ("completions", {"prompt": "two words", "suffix": "one"}, 3),
     ],
 )
