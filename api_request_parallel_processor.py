@@ -1205,7 +1205,7 @@ class Endpoint:
         """Send one attempt and read the whole reply. Raises nothing, except when it is cancelled."""
         assert self.session is not None
         if self.provider.name == "json_gateway":
-            body = wrap_gateway(body, self.key)
+            body = {"username": self.key, "request": dumps(body).decode()}
         elif body.get("stream") is True and self.provider.asks_usage:  # the user's line stays
             body = {**body, "stream_options": {"include_usage": True, **only(dict, body.get("stream_options"))}}
         reply, raw, data = Reply(), bytearray(), dumps(body)
@@ -1378,8 +1378,7 @@ def look_inside(body: Any, answer: str) -> str | None:
 def error_words(body: Any, text: str = "") -> tuple[str, str, str]:
     """Code, type and message of an error body: nested, flat, in a list, FastAPI's detail, a string, plain text."""
     body = body[0] if isinstance(body, list) and body else body
-    inner = only(dict, only(dict, body).get("error"))
-    error = {**only(dict, body), "error": None, **inner} if inner else only(dict, body)
+    error = only(dict, only(dict, body).get("error")) or only(dict, body)
     said = " ".join(one_line(error[name]) for name in ERROR_KEYS if error.get(name)) or only(str, body) or text
     return one_line(error.get("code")), one_line(error.get("type") or error.get("status")), one_line(said)
 
@@ -2239,7 +2238,7 @@ class Shape(NamedTuple):
     paths: str  # patterns of the paths that speak it
     needs: tuple[str, ...]  # fields of a request, one of which it must have
     answer: str  # the field that makes a reply an answer
-    takes: Any = (str, list, dict)  # what the needed field may be; a list alone is one of objects
+    takes: Any = (str, list)  # what the needed field may be; a list alone is one of objects
     usage: str = "usage"  # the field of a reply with its tokens
     prompt: tuple[str, ...] = ("prompt_tokens",)  # fields of that, to be added up
     output: tuple[str, ...] = ("completion_tokens",)
@@ -2274,12 +2273,12 @@ SHAPES = {
     "chat": Shape("*/chat/completions */gpt", ("messages",), "choices", list),
     "completions": Shape("*/completions", ("prompt",), "choices"),
     "embeddings": Shape("*/embeddings", ("input",), "data"),
+    "dashscope": Shape("*/api/v1/services/*", ("input",), "output", dict, *TOKENS),
     "responses": Shape("*/responses", ("input", "prompt"), "output", ANY, *TOKENS),
     "moderations": Shape("*/moderations", ("input",), "results"),
     "anthropic": Shape("*/messages *:rawPredict */claude", ("messages",), "content", list, *TOKENS),
     "gemini": Shape("*:generateContent", ("contents",), "candidates", list, "usageMetadata",
         ("promptTokenCount", "toolUsePromptTokenCount"), ("candidatesTokenCount", "thoughtsTokenCount")),
-    "dashscope": Shape("*/api/v1/services/*", ("input",), "output", dict, *TOKENS),
     "deepinfra": Shape("*/v1/inference/*", ("input", "inputs", "prompt"), "inference_status", ANY, "inference_status",
         ("tokens_input",), ("tokens_generated",))}
 KEY_STARTS = {"sk-ant-": "anthropic", "sk-or-": "openrouter", "gsk_": "groq", "AIza": "gemini", r"\w{32}\.": "zhipu"}
@@ -2366,21 +2365,16 @@ def check_request(body: dict[str, Any], shape: str, provider: Provider) -> str:
     value = body.get(need)
     fits = isinstance(value, row.takes) and value not in ([], {})
     if not fits or (row.takes is list and not all(isinstance(item, dict) for item in only(list, value))):
-        other = next((r.paths.split()[0][1:] for r in SHAPES.values() if r.needs[0] in body and not need), "")
+        fitting = (r for r in SHAPES.values() if isinstance(body.get(r.needs[0]), r.takes) and r is not row)
+        other = next((other.paths.split()[0][1:] for other in fitting), "")
         looks = f"; this looks like a request for {other}" if other else ""
         wanted = {list: "a list of objects", dict: "an object"}.get(row.takes, "a text or a list")
         return f'"{need or row.needs[0]}" is missing or not {wanted}{looks}'
-    streams = shape == "chat" and provider.name != "json_gateway"
-    for name in ("stream", "background", "webhook"):
-        if body.get(name) and not (streams and name == "stream"):
-            return f'"{name}" cannot be used here, "stream" only in OpenAI-shaped chat requests; remove it'
+    barred = ("background", "webhook", "stream")[: 2 if shape == "chat" and provider.name != "json_gateway" else 3]
+    if name := next(filter(body.get, barred), ""):
+        return f'"{name}" cannot be used here, "stream" only in OpenAI-shaped chat requests; remove it'
     needs_model = provider.names_model and shape not in ("gemini", "deepinfra", "moderations")
     return f'"model" is missing; {provider.name} needs it' if needs_model and not body.get("model") else ""
-
-
-def wrap_gateway(body: Any, key: str) -> dict[str, str]:
-    """The body that a JSON gateway wants: the key as user name, the request as a text."""
-    return {"username": key, "request": dumps(body).decode()}
 
 
 def unwrap_gateway(body: Any) -> tuple[Any, dict[str, Any], str]:

@@ -194,7 +194,7 @@ CODES = [
     ("jiekou", 402, nested(message="balance not enough"), NO_MONEY),
     ("mistral", 429, {"object": "error", "message": "w", "type": "service_tier_capacity_exceeded", "code": None}, BUSY),
     ("anthropic", 429, nested(type="rate_limit_error", message="This request would exceed your account's monthly spend limit."), NO_MONEY),
-    ("anthropic", 429, {**nested(type="rate_limit_error"), "error_code": "enforced_spend_limit_reached"}, NO_MONEY),
+    ("anthropic", 429, nested(type="rate_limit_error", error_code="enforced_spend_limit_reached"), NO_MONEY),
     ("groq", 498, nested("capacity_exceeded"), BUSY),
     ("local", 400, nested(400, type="BadRequestError"), REJECTED),
     ("local", 503, nested(503, "Loading model", type="unavailable_error"), BUSY),

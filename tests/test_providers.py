@@ -24,7 +24,6 @@ from api_request_parallel_processor import (
     judge,
     likely_mistake,
     unwrap_gateway,
-    wrap_gateway,
 )
 from tests.jobs import KEY, play
 from tests.local_provider import Options
@@ -172,7 +171,10 @@ REQUESTS = [
     ("dashscope", "dashscope", {"model": "q", "messages": MESSAGES}, "/chat/completions"),
     ("dashscope", "dashscope", {"model": "q", "input": "hi"}, "an object"),
     ("dashscope", "dashscope", {"input": {"messages": MESSAGES}}, "model"),
-    ("dashscope", "chat", {"model": "q", "input": {"messages": MESSAGES}}, "messages"),
+    ("dashscope", "chat", {"model": "q", "input": {"messages": MESSAGES}}, "/api/v1/services/"),
+    ("openai", "chat", {"model": "m", "input": "hi"}, "/embeddings"),
+    ("gemini", "gemini", {"contents": "hi"}, "list of objects"),
+    ("openai", "embeddings", {"model": "m", "input": {"messages": MESSAGES}}, "/api/v1/services/"),
     ("deepinfra", "deepinfra", {"input": "hi"}, ""),
     ("deepinfra", "deepinfra", {"inputs": ["hi"]}, ""),
     ("deepinfra", "deepinfra", {"model": "m", "messages": MESSAGES}, "/chat/completions"),
@@ -452,15 +454,17 @@ def test_a_long_stream_is_assembled() -> None:
     assert len(reply["choices"][0]["message"]["content"]) == 80_000
 
 
-def test_gateway_round_trip() -> None:
+def test_gateway_round_trip(tmp_path: Path) -> None:
     """The request goes out as a text under the user name; the reply inside comes back with the credits beside it."""
     body = {"model": "m", "messages": [{"role": "user", "content": "grüße \ud800"}]}
-    wrapped = wrap_gateway(body, "KEY")
-    assert wrapped["username"] == "KEY"
-    assert json.loads(wrapped["request"]) == body
-    answer = {"choices": [{"message": {"content": "hi"}}]}
-    outer = {"request": wrapped["request"], "raw": json.dumps(answer), "credits_consumed": "1", "credits_total": "9"}
-    assert unwrap_gateway(outer) == (answer, {"credits_consumed": "1", "credits_total": "9"}, "")
+    played = play(tmp_path, [{**body, "metadata": {"id": 1}}], path="/gpt", api_key="lab_user_7")
+    sent = json.loads(played.stats.calls_seen[0]["body"])
+    assert (sent["username"], json.loads(sent["request"])) == ("lab_user_7", body)
+    assert not {"authorization", "x-api-key"} & played.stats.calls_seen[0]["headers"].keys()
+    [[request, reply, metadata, details]] = played.lines
+    assert (request, metadata) == (body, {"id": 1})
+    assert reply["choices"][0]["message"]["content"].startswith("You said: grüße")
+    assert details.keys() == {"credits_consumed", "credits_total"}
 
 
 @pytest.mark.parametrize(
