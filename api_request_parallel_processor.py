@@ -1358,7 +1358,7 @@ def look_inside(body: Any, answer: str) -> str | None:
     whole = dict(only(dict, body))
     found = whole.get(answer)
     plain = [only(dict, choice).get("finish_reason") in ("stop", "length") for choice in only(list, found)]
-    if plain and all(plain):
+    if plain and all(plain) and not whole.get("error"):
         return ""  # subtle: the rest decides the same, slower
     if whole.get("error") or not (found or (found == [] and answer in ("content", "output"))):
         blocked = only(dict, whole.get("promptFeedback")).get("blockReason")

@@ -234,6 +234,7 @@ UNDER_200: list[tuple[str, Any, tuple[str, str]]] = [
     ("chat", "words", BUSY),
     ("chat", [], NO_ANSWER),
     ("chat", {"choices": [choice("stop", "hi")["choices"][0], choice("content_filter")["choices"][0]]}, DONE),
+    ("chat", {**choice("stop", "half an ans"), "error": {"code": 502, "message": "w"}}, BUSY),
     ("chat", {"error": {"message": "w"}}, BUSY),
     ("chat", {"error": "w"}, BUSY),
     ("chat", {"error": {"code": 429, "message": "w"}}, REFUSED),
