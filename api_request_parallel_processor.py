@@ -1299,7 +1299,7 @@ ACTIONS = {kind: action for action, kinds in {  # what each kind of error asks f
     Action.REFUSED: "rate_limit", Action.STOP: "auth no_money redirect"}.items() for kind in kinds.split()}
 RULES = {  # what a whole code, type, status or message is like, in order; the provider's own rules come first
     "context_length_exceeded|model_not_found": "bad_request", r"content_(filter|policy)\w*": "content_filter",
-    "http(401|403|407)": "auth", "http402": "no_money", "http429": "rate_limit", "http3..": "redirect",
+    "http(401|403|407)": "auth", "http402": "no_money", "http429|slow_down": "rate_limit", "http3..": "redirect",
     "http(408|409|425|498|499|5..)": "server_error", "http4..": "bad_request",  # below: under 200, only words tell
     r"(auth|permission)\w*": "auth", r"billing\w*": "no_money", r"(rate_limit|throttl)\w*": "rate_limit",
     r"(invalid|bad_)\w*": "bad_request", ".*": "server_error"}
@@ -1446,11 +1446,7 @@ def read_usage(body: Any, shape: str) -> Usage | None:
 
 def count_in(usage: dict[str, Any], names: tuple[str, ...]) -> int:
     """Add up the counts of these names that are there and can be true."""
-    total = 0
-    for name in names:
-        if type(value := usage.get(name)) is int and 0 < value < EPOCH:
-            total += value
-    return total
+    return sum([value for name in names if type(value := usage.get(name)) is int and 0 < value < EPOCH])
 
 
 def retry_delay(attempt: int, rng: random.Random) -> float:
@@ -2267,23 +2263,21 @@ class Provider(NamedTuple):
 
 
 # fmt: off
-ANY = (str, list, dict)
 TOKENS = "usage", ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"), ("output_tokens",)
 SHAPES = {
     "chat": Shape("*/chat/completions */gpt", ("messages",), "choices", list),
     "completions": Shape("*/completions", ("prompt",), "choices"),
     "embeddings": Shape("*/embeddings", ("input",), "data"),
     "dashscope": Shape("*/api/v1/services/*", ("input",), "output", dict, *TOKENS),
-    "responses": Shape("*/responses", ("input", "prompt"), "output", ANY, *TOKENS),
+    "responses": Shape("*/responses", ("input", "prompt"), "output", (str, list, dict), *TOKENS),
     "moderations": Shape("*/moderations", ("input",), "results"),
     "anthropic": Shape("*/messages *:rawPredict */claude", ("messages",), "content", list, *TOKENS),
     "gemini": Shape("*:generateContent", ("contents",), "candidates", list, "usageMetadata",
         ("promptTokenCount", "toolUsePromptTokenCount"), ("candidatesTokenCount", "thoughtsTokenCount")),
-    "deepinfra": Shape("*/v1/inference/*", ("input", "inputs", "prompt"), "inference_status", ANY, "inference_status",
-        ("tokens_input",), ("tokens_generated",))}
+    "deepinfra": Shape("*/v1/inference/*", ("input", "inputs", "prompt"), "inference_status", (str, list, dict),
+        "inference_status", ("tokens_input",), ("tokens_generated",))}
 KEY_STARTS = {"sk-ant-": "anthropic", "sk-or-": "openrouter", "gsk_": "groq", "AIza": "gemini", r"\w{32}\.": "zhipu"}
-OPENAI_CODES = {r"(insufficient_quota|credit_balance|billing)\w*|\w+(spend|usage)_limit\w*": "no_money",
-    "slow_down": "rate_limit"}
+OPENAI_CODES = {r"(insufficient_quota|credit_balance|billing)\w*|\w+(spend|usage)_limit\w*": "no_money"}
 GOOGLE_CODES = {".*(PerDay|credits.*depleted).*": "no_money", ".*API.KEY.(not |in)valid.*|FAILED_PRECONDITION": "auth"}
 PROVIDERS = {row.name: row for row in (
     Provider("azure", "*.openai.azure.com *.cognitiveservices.azure.com *.services.ai.azure.com */openai/deployments/*",
