@@ -101,10 +101,10 @@ __all__ = [
     "IDENTITY_BYTES", "LOGGER", "MOST_CONCURRENT", "PROVIDERS", "Action", "ConsoleHandler", "Cost", "Endpoint",
     "LearnedTokens", "Outcome", "Pacer", "Reader", "Reply", "Reporter", "Request", "ResultsFile", "ResultsLost", "Run",
     "Secrets", "ServerLimits", "Settings", "Tally", "Tokenizer", "UsageError", "build_parser", "complain", "dumps",
-    "duration", "error_words", "estimate_text", "estimate_tokens", "explain", "find_provider", "find_shape",
-    "hear_signals", "identity", "judge", "likely_mistake", "loads", "locked", "make_endpoint", "one_line",
-    "open_files_for", "parse_line", "process_api_requests_from_file", "read_bounded", "read_limits", "read_result",
-    "read_usage", "refuse_open_batches", "retry_delay", "run_job", "summarize"]  # fmt: skip
+    "duration", "each_endpoint", "error_words", "estimate_text", "estimate_tokens", "explain", "find_provider",
+    "find_shape", "hear_signals", "identity", "judge", "likely_mistake", "loads", "locked", "make_endpoint",
+    "one_line", "open_files_for", "parse_line", "process_api_requests_from_file", "read_bounded", "read_limits",
+    "read_result", "read_usage", "refuse_open_batches", "retry_delay", "run_job", "summarize"]  # fmt: skip
 
 STATIONS = ("read", "estimate", "pace", "send", "judge", "record", "report")
 LOGGER = logging.getLogger("api_request_parallel_processor")
