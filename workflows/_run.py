@@ -33,7 +33,7 @@ TRAILING_COMMA = re.compile(rf"({JSON_STRING})|,(?=\s*[}}\]])")
 FLAG = re.compile(r"^--[A-Za-z][\w-]*")
 PLACEHOLDER_KEY = re.compile(r"(?i)your\b|your_|<|\$\{|x{3}|\.\.\.")  # "YOUR_API_KEY", as in copied examples
 DISTRIBUTIONS = {"yaml": "PyYAML", "dotenv": "python-dotenv", "jsonschema": "jsonschema", "pypdf": "pypdf"}
-DISTRIBUTIONS |= {"plotly": "plotly", "genai_prices": "genai-prices"}
+DISTRIBUTIONS |= {"plotly": "plotly", "genai_prices": "genai-prices", "ray": "ray", "pyarrow.fs": "pyarrow"}
 
 OWN_RETRY_DELAY = processor.retry_delay
 

@@ -1,0 +1,347 @@
+"""What runs on the nodes of a cluster: one actor with the budgets, and workers that run the single file's own loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import gc
+import logging
+import math
+import os
+import socket
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from api_request_parallel_processor import (
+    LOGGER,
+    MOST_CONCURRENT,
+    Cost,
+    LearnedTokens,
+    Reader,
+    Reporter,
+    Request,
+    ResultsFile,
+    Run,
+    Secrets,
+    Settings,
+    Tally,
+    Tokenizer,
+    dumps,
+    make_endpoint,
+    open_files_for,
+)
+from workflows._ray_leases import ClusterPacer, Grant, LeasedPacer, Leases, News, Purse, Want
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+HEARTBEAT_SECONDS = 0.25  # between two reports of a worker that has nothing to report
+FEW_REQUESTS = 200  # left to a worker: it should be handed more
+MOST_UNREPORTED_BYTES = 64 << 20  # of results that the driver has not fetched: nothing is started then
+
+
+@dataclass
+class Report:
+    """What a worker tells the driver."""
+
+    results: list[tuple[int, bytes]] = field(default_factory=list)  # result lines by the line numbers of their requests
+    tally: Tally = field(default_factory=Tally)  # of all that is in `results`, now or before
+    learned: LearnedTokens = field(default_factory=LearnedTokens)
+    in_flight: int = 0
+    waiting: int = 0  # to be tried again
+    oldest: float = 0.0  # seconds since the start of what is longest in flight
+    left: int = 0  # to be read
+    idle: bool = True  # nothing is going on
+    down: bool = False  # the provider seems to be
+    troubled: bool = False  # failures or refusals after the last success
+    stopped_by: str = ""
+    logs: list[tuple[int, str]] = field(default_factory=list)  # level and text
+
+
+@dataclass
+class BudgetState:
+    """What is to be seen of the budgets."""
+
+    requests: int = 0  # started in the last minute
+    tokens: int = 0
+    found: str = ""  # the limit that was found, in words
+    spent_up: bool = False  # one more request might cost more than is allowed
+
+
+def clock() -> float:
+    """The time of the running loop; that of uvloop moves by milliseconds."""
+    loop = asyncio.get_running_loop()
+    return time.monotonic() if "uvloop" in type(loop).__module__ else loop.time()
+
+
+class Budgets:
+    """The actor that holds the budgets of all workers, for each endpoint its own."""
+
+    def __init__(self, pacing: list[dict[str, Any]], max_cost: float) -> None:
+        self.purse = Purse(max_cost)
+        self.leases = [Leases(ClusterPacer(**values), self.purse) for values in pacing]
+        self.kicked = asyncio.Event()
+        self.dispatcher: asyncio.Task[None] | None = None
+
+    async def watch_driver(self, port: int) -> None:
+        """Grant nothing any more once the driver is gone: Ray ends its actors only after a while."""
+        with contextlib.suppress(OSError):  # it is on another machine: then after a while
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            with contextlib.closing(writer):
+                await reader.read()
+            self.dispatcher = self.dispatcher or asyncio.create_task(self._dispatch())
+            self.dispatcher.cancel()
+
+    async def lease(self, endpoint: int, worker: str, wants: list[Want], news: News) -> list[Grant]:
+        """Grant starts as soon as there are some, at the latest after HOLD_SECONDS none."""
+        self.dispatcher = self.dispatcher or asyncio.create_task(self._dispatch())
+        answer: asyncio.Future[list[Grant]] = asyncio.get_running_loop().create_future()
+
+        def tell(grants: list[Grant]) -> None:
+            if not answer.done():  # its worker may be gone
+                answer.set_result(grants)
+
+        self.leases[endpoint].hear(worker, news, clock())
+        self.leases[endpoint].ask(worker, wants, clock(), tell)
+        self.kicked.set()
+        return await answer
+
+    async def tell(self, endpoint: int, worker: str, news: News) -> None:
+        """Hear how leases ended."""
+        self.leases[endpoint].hear(worker, news, clock())
+        self.kicked.set()
+
+    async def forget(self, worker: str) -> None:
+        """Hear that a worker is gone."""
+        for leases in self.leases:
+            leases.forget(worker, clock())
+        self.kicked.set()
+
+    async def set_budgets(self, endpoint: int, requests_per_minute: float, tokens_per_minute: float) -> None:
+        """Change the ceilings during a run."""
+        self.leases[endpoint].pacer.set_budgets(requests_per_minute, tokens_per_minute)
+        self.kicked.set()
+
+    async def state(self) -> list[BudgetState]:
+        """Tell what is to be seen of each endpoint."""
+        pacers = [leases.pacer for leases in self.leases]
+        return [BudgetState(*pacer.last_minute(), pacer.describe(), self.purse.empty) for pacer in pacers]
+
+    async def _dispatch(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            seconds = min([leases.turn(clock()) for leases in self.leases]) - clock()
+            timer = loop.call_later(max(seconds, 0.001), self.kicked.set) if seconds < math.inf else None
+            await self.kicked.wait()
+            self.kicked.clear()
+            if timer:
+                timer.cancel()
+
+
+class HandedReader(Reader):
+    """Gives the requests that the driver hands over; `hungry` is called when few are left."""
+
+    def __init__(self, endpoint: Any, tokens: Tokenizer, hungry: Callable[[], object]) -> None:
+        self.endpoint, self.tokens, self.hungry = endpoint, tokens, hungry
+        self.requests = deque[Request]()
+        self.due, self.more, self.ended = math.inf, True, False
+
+    def hand(self, requests: list[Request], *, more: bool) -> None:
+        """Take over requests; `more`: others may follow."""
+        self.requests += requests
+        self.more, self.ended = more, not (more or self.requests)
+
+    def next(self, _now: float) -> Request | None:
+        """Give the next request; None if there is none (`ended`) or not yet."""
+        self.due = math.inf
+        request = self.requests.popleft() if self.requests else None
+        if len(self.requests) in (FEW_REQUESTS, 0):
+            self.hungry()
+        self.ended = not (self.more or self.requests)
+        return request
+
+    def expected_total(self) -> float:
+        """The driver knows."""
+        return math.inf
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class Outbox(ResultsFile):
+    """Takes result lines as a results file does, and keeps them for the driver, which has skipped what is finished."""
+
+    def __init__(self, filled: Callable[[], object]) -> None:
+        self.filled, self.line, self.bytes = filled, 0, 0  # line: of the request that is recorded
+        self.results: list[tuple[int, bytes]] = []
+
+    def take(self, _identity: bytes) -> bool:
+        """Nothing is finished that was handed over."""
+        return False
+
+    def write(self, body: Any, outcome: Any, metadata: Any = None, details: Any = None) -> None:
+        """Queue one result line."""
+        width = 4 if details is not None else 3 if metadata is not None else 2
+        self.results.append((self.line, dumps([body, outcome, metadata, details][:width]) + b"\n"))
+        self.bytes += len(self.results[-1][1])
+
+    def flush(self) -> None:
+        """Tell that there is something to fetch."""
+        if self.results:
+            self.filled()
+
+    def check(self) -> None:
+        """The driver looks after the file."""
+
+    def fetch(self) -> list[tuple[int, bytes]]:
+        """Give what was queued since the last time."""
+        results, self.results, self.bytes = self.results, [], 0
+        return results
+
+
+class WorkerRun(Run):
+    """The loop, which notes the line number of what it records."""
+
+    def record(self, request: Request, reply: Any = None, usage: Any = None) -> None:
+        """Queue the one result line of a request."""
+        assert isinstance(self.results, Outbox)
+        self.results.line = request.line
+        super().record(request, reply, usage)
+
+
+class LogLines(logging.Handler):
+    """Keeps log lines for the driver, which shows them."""
+
+    def __init__(self, filled: Callable[[], object]) -> None:
+        super().__init__()
+        self.filled, self.lines = filled, list[tuple[int, str]]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one line."""
+        self.lines.append((record.levelno, record.getMessage()))
+        self.filled()
+
+
+class Worker:
+    """The actor that runs the loop over what the driver hands to it."""
+
+    async def begin(self, name: str, rows: list[Settings], budgets: Any, batch_seconds: float) -> str:
+        """Prepare the run with the settings of each endpoint; gives the name of the machine.
+
+        The settings hold the key: as an argument of a method it is kept in memory only, whereas Ray writes arguments
+        of constructors to its store and environments of actors to its logs.
+        """
+        sys.set_int_max_str_digits(0)
+        gc.set_threshold(100_000, 20, 100)
+        self.name, settings, self.budgets, self.batch_seconds = name, rows[0], budgets, batch_seconds
+        loop, self.stack = asyncio.get_running_loop(), contextlib.AsyncExitStack()
+        self.wake, self.news, self.work = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self.logs, secrets = LogLines(lambda: loop.call_soon_threadsafe(self.news.set)), Secrets()
+        LOGGER.addFilter(secrets)
+        level = str(settings.logging_level).upper()
+        endpoints = [make_endpoint(row, secrets) for row in rows]
+        LOGGER.addHandler(self.logs)
+        LOGGER.setLevel(max(1, int(level)) if level.isdecimal() else level)
+        self.reader = HandedReader(endpoints[0], Tokenizer(settings.token_encoding_name), self.news.set)
+        self.outbox, self.pacers, jobs = Outbox(self.news.set), list[LeasedPacer](), [self._work()]
+        most = open_files_for(settings.max_concurrent_requests or MOST_CONCURRENT)
+        for index, endpoint in enumerate(endpoints):
+            asks, tells = asyncio.Event(), asyncio.Event()
+            endpoint.pacer = pacer = LeasedPacer(most, self.upcoming, self.price, asks.set, tells.set, self.wake.set)
+            self.pacers.append(pacer)
+            jobs += [self._ask(index, pacer, asks), self._tell(index, pacer, tells)]
+            await endpoint.open(self.stack)
+        self.run = WorkerRun(settings, self.reader, endpoints, self.outbox, Reporter("none"), self.wake, clock)
+        self.idle = True
+        self.tasks = [asyncio.create_task(job) for job in jobs]
+        return f"{socket.gethostname()} (pid {os.getpid()})"
+
+    def upcoming(self, number: int) -> list[Cost]:
+        """The costs of so many of the next requests."""
+        requests = list(islice(self.reader.requests, number))
+        return [self.run.learned.cost(request.model, self.reader.estimate(request)) for request in requests]
+
+    def price(self, cost: Cost) -> float:
+        """The price of a request; as long as nothing is known about answers, at worst."""
+        output = (cost.expected if self.run.learned else cost.worst) - cost.prompt
+        return self.run.settings.price(cost.prompt, output)
+
+    async def exchange(self, requests: list[Request], *, more: bool, stop: str) -> Report:
+        """Take over requests and give what there is to report: soon if there is something."""
+        for task in self.tasks:
+            if task.done():
+                task.result()
+        if stop:
+            self.run.stop(stop)
+            for pacer in self.pacers:
+                pacer.close()
+        self.reader.hand(requests, more=more)
+        if requests:
+            self.idle = False
+            self.work.set()
+        self.wake.set()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.news.wait(), HEARTBEAT_SECONDS)
+            await asyncio.sleep(self.batch_seconds)
+        self.news.clear()
+        return self._report()
+
+    def _report(self) -> Report:
+        run, logs = self.run, self.logs.lines
+        self.logs.lines = []
+        for pacer in self.pacers:
+            pacer.drop_late(clock())
+        oldest = next((request.started for request, _ in run.in_flight.values()), math.inf)
+        return Report(
+            results=self.outbox.fetch(),
+            tally=dataclasses.replace(run.tally, kinds=run.tally.kinds.copy()),
+            learned=run.learned,
+            in_flight=len(run.in_flight),
+            waiting=len(run.retries) + len(run.limbo),
+            oldest=max(0.0, clock() - oldest),
+            left=len(self.reader.requests),
+            idle=self.idle,
+            down=all(endpoint.outage.down for endpoint in run.endpoints),
+            troubled=run.trouble_since < math.inf,
+            stopped_by=run.stopped_by,
+            logs=logs,
+        )
+
+    async def _work(self) -> None:
+        """Run the loop whenever there is something to do: what another worker has lost may come after the end."""
+        while True:
+            await self.work.wait()
+            self.work.clear()
+            await self.run.process_requests()
+            for pacer in self.pacers:
+                pacer.blocked = None
+            self.idle = not self.reader.requests or self.run.stopped_by != ""
+            self.news.set()
+
+    async def _ask(self, endpoint: int, pacer: LeasedPacer, asks: asyncio.Event) -> None:
+        """Ask for starts, as long as some are wanted."""
+        in_line = False
+        while True:
+            if not in_line:
+                await asks.wait()
+            asks.clear()
+            asked_at = clock()
+            wants = pacer.wanted(asked_at) if self.outbox.bytes < MOST_UNREPORTED_BYTES else []
+            if wants or in_line:
+                news = pacer.news(self.run.tally.spent)
+                grants = await self.budgets.lease.remote(endpoint, self.name, wants, news)
+                pacer.take_in(grants, len(wants), asked_at)
+                in_line = bool(wants) and not grants
+
+    async def _tell(self, endpoint: int, pacer: LeasedPacer, tells: asyncio.Event) -> None:
+        """Report what ended: little at once, much together."""
+        while True:
+            await tells.wait()
+            tells.clear()
+            if pacer.finished or pacer.unused:
+                await self.budgets.tell.remote(endpoint, self.name, pacer.news(self.run.tally.spent))
