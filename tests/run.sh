@@ -28,7 +28,7 @@ if [ "$(stamp 2>&1)" != "$(cat "$venv/stamp" 2>&1)" ]; then
 import pathlib, sys, tomllib
 project = tomllib.loads(pathlib.Path("pyproject.toml").read_text("utf-8"))["project"]
 extras = project["optional-dependencies"]
-packages = project["dependencies"] + extras["full"] + extras["workflows"] + extras["report"] + extras["dev"]
+packages = project["dependencies"] + extras["full"] + extras["workflows"] + extras["report"] + extras["ray"] + extras["dev"]
 pathlib.Path(sys.argv[1]).write_bytes("".join(f"{package}\n" for package in packages).encode())
 ' "$venv/packages"
     PIP_USER=0 "$python" -m pip --disable-pip-version-check install --quiet --prefer-binary -r "$venv/packages"
