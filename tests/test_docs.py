@@ -447,12 +447,12 @@ def test_flags_of_workflows_are_in_their_help(
     _run.add_run_flags(shared)
     everywhere = flags_in(shared.format_help()) - {"--help"}
     for names, text in chapters_of_workflows():
-        said = flags_in(re.sub(r"^python (?:api|tests/).*$", "", text, flags=re.MULTILINE))
+        said = flags_in(re.sub(r"^(?:python (?:api|tests/)|ray ).*$", "", text, flags=re.MULTILINE))
         if names:
             assert said <= set.union(*(known[name] for name in names)), names
         else:
             assert everywhere <= said <= everywhere | {"--help"}
-    for name in set(programs()) - {"prompts", "answers", "report", "response_cache", "provider_batch"}:
+    for name in set(programs()) - {"prompts", "answers", "report", "response_cache", "provider_batch", "ray_cluster"}:
         assert everywhere <= known[name]
 
 
@@ -540,6 +540,8 @@ def test_commands_of_workflows_run(tmp_path: Path, provider: ProviderProcess, mo
             Path("mine_results.jsonl").unlink(missing_ok=True)
         if workflow in ("provider_batch", "instruction_dataset") or argv[0] in ("run", "store"):
             argv += ["--request_url", url]
+        if workflow == "ray_cluster":  # whose own tests start clusters
+            argv += ["--request_url", url, "--dry_run"]
         module = importlib.import_module(words[2])
         assert _run.main_program(module.main, argv) == 0, words
         ran.add(workflow)
