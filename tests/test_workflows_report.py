@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import unicodedata
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,6 +185,19 @@ def test_the_terminal_stays_in_80_columns(tmp_path: Path, capsys: pytest.Capture
     assert max(map(len, text.splitlines())) <= 80
     assert all(c.isprintable() or c == "\n" for c in text)
     assert "other reasons" in text
+
+
+def test_chinese_takes_two_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A message in Chinese is cut where the terminal ends; one without Chinese gets question marks instead."""
+    lines = [[chat("a"), failure("timeout", message="请求失败，请稍后重试" * 9)]]
+    [line] = [line for line in text_of(tmp_path, lines, capsys=capsys).splitlines() if "timeout" in line]
+    assert sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in line) in (79, 80)
+    assert line.endswith("…")
+    command = [sys.executable, "-m", "workflows.report", str(tmp_path / "x_results.jsonl")]
+    environment = clean_environment(PYTHONIOENCODING="ascii")
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True)
+    assert b"timeout" in done.stdout
+    assert b"????" in done.stdout
 
 
 def test_an_empty_file_and_wrong_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import textwrap
+import unicodedata
+from bisect import bisect_right
 from datetime import UTC, datetime
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from api_request_parallel_processor import duration
@@ -218,8 +221,7 @@ def outcome(summary: Summary) -> Iterator[str]:
     yield share("  failed", summary["failed"], total)
     for reason in summary["failures"][:MOST_ROWS]:
         label = " ".join(filter(None, (reason["kind"], reason["status"])))
-        line = f"{share(f'    {label}', reason['requests'], total)}  {reason['example']}"
-        yield plain(line if len(line) <= WIDTH else line[: WIDTH - 1] + "…")
+        yield fitted(f"{share(f'    {label}', reason['requests'], total)}  {plain(reason['example'])}")
     if more := summary["failures"][MOST_ROWS:]:
         yield share("    other reasons", sum(reason["requests"] for reason in more), total)
 
@@ -323,6 +325,14 @@ def figure(value: float, *, whole: bool = False) -> str:
 def money(value: float) -> str:
     """An amount of money, with the digits that say something."""
     return f"{value:,.2f}" if value >= 100 else f"{value:.4f}" if value >= 0.01 else f"{value:.3g}"
+
+
+def fitted(text: str) -> str:
+    """A line cut to the width of the terminal, on which Chinese characters take two columns."""
+    places = list(accumulate(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text))
+    if not places or places[-1] <= WIDTH:
+        return text
+    return text[: bisect_right(places, WIDTH - 1)] + "…"
 
 
 def plain(text: str) -> str:
