@@ -371,6 +371,8 @@ def test_nothing_foreign_becomes_code(tmp_path: Path) -> None:
         assert page.console == []
         assert page.loaded == [url]
         assert await page.run("document.scripts.length") == 3
+        legend = await page.run("document.querySelector('#plot-errors .legend').textContent")
+        assert all(text[:20] in legend for text in EVIL[:6]), legend
         assert (
             await page.run("document.querySelectorAll('img, h1 + h1, section svg[onload], a[href^=http]').length") == 0
         )
@@ -390,6 +392,8 @@ def test_nothing_foreign_becomes_code(tmp_path: Path) -> None:
         assert await page.run(blocked % image) == "img-src"
         assert await page.run(blocked % script) == "script-src-elem"
         assert await page.run(blocked % "fetch('http://127.0.0.1:9/').catch(() => 0);") == "connect-src"
+        await page.open(url, width=360)
+        assert await page.run("document.documentElement.scrollWidth") == 360
         assert await page.run("window.hacked") is None
 
     in_browser(scenario)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from api_request_parallel_processor import duration
 from workflows._report_sketches import Histogram, thinned
-from workflows._report_summary import figure
+from workflows._report_summary import figure, plain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -105,7 +105,11 @@ def errors_plot(numbers: Numbers) -> Plot:
     traces = []
     for i, (name, colour) in enumerate(zip(shown, colours, strict=True)):
         if rows := [(time, amounts[i]) for time, amounts in intervals if amounts[i]]:
-            bar = {"type": "bar", "name": html.escape(name[:30]), "x": [1000 * (time + width / 2) for time, _ in rows]}
+            bar = {
+                "type": "bar",
+                "name": html.escape(plain(name[:30]), quote=False),
+                "x": [1000 * (time + width / 2) for time, _ in rows],
+            }
             traces.append({**bar, "y": [n for _, n in rows], "width": 1000 * width * 0.92, "marker": {"color": colour}})
     caption = f"Per {duration(width)}: failed requests when they ended; refusals and repeated attempts when their"
     caption += " request first started."
@@ -263,13 +267,11 @@ def count_axis(peak: float) -> Json:
 def log_axis(title: str, low: float, high: float) -> Json:
     """A logarithmic axis with ticks at 1, 2 and 5, or at 1 alone if it is long."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    ticks = [
-        digit * 10.0**power for power in range(first, last + 1) for digit in ((1, 2, 5) if last - first < 4 else (1,))
-    ]
-    shown = {
-        "tickvals": ticks,
-        "ticktext": [f"{tick:g}" if tick < 1000 else figure(tick, whole=True) for tick in ticks],
-    }
+    digits = (1, 2, 5) if last - first < 4 else (1,)
+    ticks = [digit * 10.0**power for power in range(first, last + 1) for digit in digits]
+    if sum(low <= tick <= high for tick in ticks) < 2:
+        ticks = [low, high]
+    shown = {"tickvals": ticks, "ticktext": [f"{t:.3g}" if t < 1000 else figure(t, whole=True) for t in ticks]}
     margin = max(0.02, 0.03 * math.log10(high / low))
     ends = [math.log10(low) - margin, math.log10(high) + margin]
     return {"type": "log", "title": {"text": title}, **shown, "range": ends}
