@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from api_request_parallel_processor import duration
 from workflows._report_sketches import Histogram, thinned
-from workflows._report_summary import figure, plain
+from workflows._report_summary import figure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,21 +95,20 @@ def tokens_plot(numbers: Numbers, budget: float | None) -> Plot:
 
 def errors_plot(numbers: Numbers) -> Plot:
     """Failed requests by kind, refusals and repeated attempts."""
-    kinds = [name for name in numbers.timeline.names() if name.startswith("failed ")]
-    names = [*kinds, "refusals", "repeats"]
-    width, intervals = numbers.timeline.binned(INTERVALS, names)
-    shown = [name.removeprefix("failed ") for name in kinds] + ["refusals", "repeated attempts"]
-    spare = iter(["--blue", "--grey"] * len(kinds))
-    colours = [KIND_COLOURS.get(kind) or next(spare) for kind in shown[:-2]] + ["--pale", "--muted"]
-    traces = []
-    for i, (name, colour) in enumerate(zip(shown, colours, strict=True)):
+    there = {name.removeprefix("failed ") for name in numbers.timeline.names() if name.startswith("failed ")}
+    kinds = [kind for kind in KIND_COLOURS if kind in there]
+    others = sorted(there.difference(kinds))  # kinds that this program does not know
+    names = [*(f"failed {kind}" for kind in (*kinds, *others)), "refusals", "repeats"]
+    width, found = numbers.timeline.binned(INTERVALS, names)
+    first, last = len(kinds), len(kinds) + len(others)
+    intervals = [(time, [*row[:first], sum(row[first:last]), *row[last:]]) for time, row in found]
+    shown = {kind: KIND_COLOURS[kind] for kind in kinds} | {"other kinds": "--blue"}
+    shown |= {"refusals": "--pale", "repeated attempts": "--muted"}
+    traces: list[Json] = []
+    for i, (name, colour) in enumerate(shown.items()):
         if rows := [(time, amounts[i]) for time, amounts in intervals if amounts[i]]:
-            bar = {
-                "type": "bar",
-                "name": html.escape(plain(name[:30]), quote=False),
-                "x": [1000 * (time + width / 2) for time, _ in rows],
-            }
-            traces.append({**bar, "y": [n for _, n in rows], "width": 1000 * width * 0.92, "marker": {"color": colour}})
+            bar = {"type": "bar", "name": name, "width": 1000 * width * 0.92, "marker": {"color": colour}}
+            traces.append({**bar, "x": [1000 * (time + width / 2) for time, _ in rows], "y": [n for _, n in rows]})
     caption = f"Per {duration(width)}: failed requests when they ended; refusals and repeated attempts when their"
     caption += " request first started."
     peak = max((sum(amounts) for _, amounts in intervals), default=0)

@@ -76,7 +76,7 @@ class Timeline:
     """
 
     WIDTHS = (1, 5, 10, 30, 60, 300, 1800, 3600, 21600, 86400)  # seconds; then ten times as much each
-    BUCKETS = 4096
+    BUCKETS, PAUSES = 4096, 20
     MINUTE = 60
 
     def __init__(self) -> None:
@@ -139,12 +139,16 @@ class Timeline:
         return step * self.width, [(number * step * self.width, row) for number, row in sums.items()]
 
     def pauses(self, least: float = 1800) -> list[tuple[float, float]]:
-        """From when to when nothing happened for at least so many seconds, and for 5 % of the rest of the time."""
+        """From when to when nothing happened for at least so many seconds, and for 5 % of the rest of the time.
+
+        Of many pauses these are the longest.
+        """
         numbers = sorted(self.buckets)
         gaps = [((a + 1) * self.width, b * self.width) for a, b in pairwise(numbers)]
         gaps = [(a, b) for a, b in gaps if b - a >= max(least, 2 * self.width)]
         busy = (numbers[-1] - numbers[0] + 1) * self.width - sum(b - a for a, b in gaps) if numbers else 0
-        return [(a, b) for a, b in gaps if b - a >= busy / 20]
+        longest = heapq.nlargest(self.PAUSES, gaps, key=lambda gap: gap[1] - gap[0])
+        return sorted((a, b) for a, b in longest if b - a >= busy / 20)
 
 
 def merge(into: defaultdict[str, float], other: defaultdict[str, float]) -> None:

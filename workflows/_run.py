@@ -280,6 +280,7 @@ def main_program(main: Callable[[list[str] | None], int], argv: list[str] | None
     handler: logging.Handler = ConsoleHandler()
     LOGGER.addHandler(handler)
     LOGGER.setLevel("INFO")
+    sys.set_int_max_str_digits(0)  # integers of any size are read, as the processor does
     try:
         return main(argv)
     except UsageError as error:
