@@ -348,6 +348,8 @@ class Batches:
         return reply(self.show(job, now, polled=True))
 
     def cancel(self, job_id: str, *, now: float, **_: Any) -> Response:
+        if job_id not in self.jobs:
+            return problem(404, f"No such batch {job_id}")
         job = self.move(self.jobs[job_id], now)
         if job.state in ENDED:
             return problem(409, f"{job_id} has ended")

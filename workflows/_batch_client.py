@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 BLOCK = 1 << 20
 CONNECT_SECONDS, SILENCE_SECONDS = 30.0, 300.0
+PATIENCE_SECONDS, SHORT_PATIENCE_SECONDS = 1800.0, 20.0
 PROGRESS_SECONDS = 5.0
 PAGES = 1000  # of a list, at most
 JSON_TYPE = {"Content-Type": "application/json"}
@@ -52,6 +53,8 @@ class Client:
 
     endpoint: Endpoint
     target: Target
+    patience_seconds: float = PATIENCE_SECONDS  # with a provider that has never answered
+    began: float = field(default_factory=time.monotonic)
     heard: bool = False  # whether the provider ever answered
     session: aiohttp.ClientSession = field(init=False)
 
@@ -118,10 +121,13 @@ class Client:
     def meaning(self, reply: Reply) -> Action:
         """Tell what an answer means; Stopped if going on is pointless."""
         verdict = judge(reply, self.endpoint.provider, self.endpoint.shape)
-        if reply.hopeless and not self.heard:
-            raise Stopped(reply.hopeless)
+        late = not self.heard and time.monotonic() > self.began + self.patience_seconds
+        if late or (reply.hopeless and not self.heard):
+            reason = reply.hopeless or f"{self.target.root} does not answer ({verdict.message})."
+            raise Stopped(f"{reason} Check --request_url and the network; then the same command continues.")
         if verdict.action is Action.STOP:
-            raise Stopped(f"{verdict.message} {likely_mistake(self.endpoint, verdict, reply)}")
+            advice = likely_mistake(self.endpoint, verdict, reply)
+            raise Stopped(f"{verdict.message.rstrip('. ')}. {advice} Then the same command continues.")
         return verdict.action
 
     def words(self, reply: Reply) -> str:

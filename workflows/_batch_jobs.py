@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 CLOCK_SLACK = 600.0  # seconds that the provider's clock and ours may differ
 UNSURE = (408, 409)  # the provider may have taken the job all the same
+PROBLEMS_TOLD = 3  # of a job that failed as a whole
 LOOKS_FOR_FILE = 5  # at a job that is done but does not name its results
 KINDS = set("bad_request content_filter rate_limit server_error bad_reply connection timeout too_large".split())
 ENDS = {
@@ -137,7 +138,10 @@ class Jobs:
                 reply = await self.client.upload(self.ledger.file(part, "upload"), part.bytes, part.name)
                 part.file = providers.file_id(reply.body)
                 if not part.file:
-                    raise Stopped(f"the provider does not take the file {part.name}: {self.client.words(reply)}")
+                    raise Stopped(
+                        f"the provider does not take the file {part.name} ({self.client.words(reply)}). "
+                        "Check --request_url and --provider, and start again."
+                    )
         part.move(UPLOADED)
         self.ledger.save()
 
@@ -158,7 +162,10 @@ class Jobs:
         if action is Action.FAIL:
             part.move(PREPARED)  # to be split anew
             self.ledger.save()
-            raise Stopped(f"the provider does not take the batch {part.name}: {words}. Nothing of it was run.")
+            raise Stopped(
+                f"the provider does not take the batch {part.name} ({words}), nothing of it was run. Change what it "
+                "complains about (--request_url, --provider, --completion_window, the file); then start again."
+            )
         self.queue_full = True
         LOGGER.warning("%s waits, the provider's queue is full: %s", part.name, words)
 
@@ -228,12 +235,12 @@ class Jobs:
         """Ask how a job is; the ledger learns it."""
         reply = await self.client.call("GET", self.row(part).transport.job, job_id=part.id)
         if reply.status // 100 != 2:
+            LOGGER.warning("%s: the provider does not find %s (%s).", part.name, part.id, self.client.words(reply))
             self.looks[part.id] += 1
             if self.looks[part.id] >= LOOKS_FOR_FILE:
                 part.move(UNCLEAR)
                 self.note(part)
-                LOGGER.warning("%s: the provider does not know %s any more (%s).", *self.told(part, reply))
-            return Job(part.id, part.word, RUNNING)
+            return Job("", part.word, RUNNING)
         job = providers.read_job(reply.body, self.target)
         news = (job.word, job.done, job.failed)
         if news != (part.word, part.done, part.failed):
@@ -243,12 +250,8 @@ class Jobs:
             LOGGER.info("%s: %s, %s of %s done, %s failed", part.name, job.word, f"{job.done:,}", total, job.failed)
         return job
 
-    def told(self, part: Part, reply: Reply) -> tuple[str, str, str]:
-        """Words for a log line."""
-        return part.name, part.id, self.client.words(reply)
-
-    async def cancel(self, part: Part) -> None:
-        """Ask the provider to cancel a job; what it has done by then is collected."""
+    async def cancel(self, part: Part) -> bool:
+        """Ask the provider to cancel a job; what it has done by then is collected. Tells whether it knows the job."""
         reply = await self.client.once(
             "POST", self.target.url(self.row(part).transport.cancel, part.id), (JSON_TYPE, b"{}")
         )
@@ -256,6 +259,7 @@ class Jobs:
         self.note(part)
         taken = reply.status // 100 == 2
         LOGGER.info("%s: %s", part.name, "cancelling" if taken else f"cannot be cancelled, {self.client.words(reply)}")
+        return reply.status not in (404, 410)
 
     # ---- collect
 
@@ -291,6 +295,8 @@ class Jobs:
             LOGGER.warning("%s: %s holds the results of somebody else.", part.name, part.id)
             return True
         part.done, part.failed = collector.succeeded, collector.failed
+        if job.problems:
+            LOGGER.warning("%s: %s", part.name, "; ".join(text for _, text in job.problems[:PROBLEMS_TOLD]))
         LOGGER.info("%s: collected, %s succeeded, %s failed", part.name, f"{part.done:,}", f"{part.failed:,}")
         self.ledger.close(part, RETURNED if collector.returned else COLLECTED)
         self.returned = self.returned or collector.returned > 0
@@ -351,7 +357,9 @@ class Collector:
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 status = getattr(error, "status", 0)
                 if status in (401, 403):
-                    raise Stopped(f"the key may not read the result file {file} (status {status}).") from None
+                    raise Stopped(
+                        f"the key may not read the result file {file} (status {status}). Use the key that made the job."
+                    ) from None
                 if status in (404, 410) and tries >= LOOKS_FOR_FILE:
                     LOGGER.warning("%s: the result file %s is gone (%s)", self.part.name, file, status)
                     return

@@ -51,7 +51,7 @@ from api_request_parallel_processor import (
 )
 from workflows import _batch_providers as providers
 from workflows import _files, _run
-from workflows._batch_client import Client, Stopped
+from workflows._batch_client import PATIENCE_SECONDS, SHORT_PATIENCE_SECONDS, Client, Stopped
 from workflows._batch_jobs import Jobs
 from workflows._batch_ledger import (
     COLLECTING,
@@ -77,6 +77,7 @@ OPENAI, DASHSCOPE = "https://api.openai.com/v1", "https://dashscope.aliyuncs.com
 QWEN_KEY, QWEN_MODEL, QWEN_URL, BATCH_WINDOW = (
     "QIANWEN_API_KEY QIANWEN_MODEL QIANWEN_BASE_URL BATCH_COMPLETION_WINDOW".split()
 )
+DASHSCOPE_MODEL = "qwen-plus"
 GARBAGE_AFTER = 100_000  # new objects: lines are many, and leave no cycles
 POLL_GROWTH, LONGEST_POLL_SECONDS = 1.3, 300.0
 HELD_OPEN_SECONDS = 3600.0  # that a provider may hold a call open at the batch price
@@ -222,7 +223,10 @@ class Batch:
             moved = await self.collect()
             left = self.ledger.open_parts()
             if left and all(part.state == UNCLEAR for part in left):
-                raise Stopped(f"{len(left)} jobs cannot be found at the provider: --resubmit sends them again.")
+                raise Stopped(
+                    f"the provider does not show {', '.join(part.name for part in left)}. Look there: `cancel` "
+                    "forgets them, --resubmit sends them again, which pays twice if they are there after all."
+                )
             changed = before != [(part.state, part.word, part.done) for part in self.ledger.parts]
             interval = self.options.poll_seconds if changed else interval * POLL_GROWTH
             if not moved and (left or self.jobs.returned):
@@ -257,12 +261,13 @@ class Batch:
 
     # ---- commands
 
-    async def run(self) -> int:
+    async def run(self, *, main_program: bool = False) -> int:
         """Create, wait, collect, and finish live if that is wanted."""
         before = {part.tag for part in self.ledger.parts if not part.open}
         self.prepare()
         self.tell()
         if self.options.dry_run:
+            LOGGER.info("Nothing was sent.")
             return 0
         await self.drive()
         mine = [part for part in self.ledger.parts if part.tag not in before]
@@ -270,50 +275,64 @@ class Batch:
         LOGGER.info("The results are in %s.", self.results_path)
         if (self.options.finish_live or self.options.live_after) and failed:
             LOGGER.info("Sending live what the batches could not do.")
-            tally = await run_job(self.options.live())
+            tally = await run_job(self.options.live(), main_program=main_program)
             if tally.stop_reason:
-                complain(f"Stopped early: {tally.stop_reason}")
+                complain(f"Stopped early: {tally.stop_reason} Then the same command continues.")
             return tally.exit_code
+        if failed:
+            LOGGER.info(
+                "%s failed, with their reasons. --resubmit sends them in another batch, --finish_live live.", failed
+            )
         return 1 if failed else 0
 
-    async def create(self) -> int:
+    async def create(self, *, main_program: bool = False) -> int:
         """Split, upload, submit; wait too if that is wanted."""
         if self.options.wait or self.options.dry_run:
-            return await self.run()
+            return await self.run(main_program=main_program)
         self.prepare()
         self.tell()
         await self.submit_all()
         if waiting := len(self.ledger.open_parts(*UNSENT)):
             LOGGER.info("Parts that wait: %d. `run` submits them as soon as that is possible.", waiting)
         self.show()
+        if self.ledger.open_parts(SUBMITTED):
+            LOGGER.info(
+                "`run` with the same flags waits for the results, `status` asks, `collect` takes what is there."
+            )
         return 3 if self.ledger.open_parts(UNCLEAR) else 0
 
     async def cancel(self, ids: Sequence[str]) -> int:
-        """Cancel jobs; what was never submitted is dropped."""
+        """Cancel jobs; what was never submitted, or is unknown to the provider, is dropped."""
+        code = 0
         for part in self.ledger.open_parts():
             if ids and not {part.id, part.name, part.tag} & set(ids):
                 continue
-            if part.id:
-                await self.jobs.cancel(part)
-            elif part.state == SUBMITTING:
+            if part.state == SUBMITTING:
                 LOGGER.warning("%s: unknown whether it was submitted; `run` finds out", part.name)
-            else:
+            elif not part.id or (not await self.jobs.cancel(part) and part.state == UNCLEAR):
                 self.ledger.close(part, DROPPED)
         for job_id in set(ids) - {name for part in self.ledger.parts for name in (part.id, part.name, part.tag)}:
-            await self.jobs.cancel(Part("", job_id, id=job_id))
-        self.show()
-        return 0
+            if not await self.jobs.cancel(Part("", job_id, id=job_id)):
+                code = 2
+        if not ids:
+            self.show()
+        return code
 
     async def status(self, ids: Sequence[str]) -> int:
         """Ask how the jobs are."""
+        code = 0
         for job_id in ids:
-            job = await self.jobs.look(Part("", job_id, id=job_id))
-            print(f"{job_id}  {job.word or 'unknown'}  {job.done:,} of {job.total:,} done, {job.failed:,} failed")
+            names = {name: part.id for part in self.ledger.parts for name in (part.name, part.tag)}
+            job = await self.jobs.look(Part("", job_id, id=names.get(job_id) or job_id))
+            if job.id:
+                print(f"{job.id}  {job.word}  {job.done:,} of {job.total:,} done, {job.failed:,} failed")
+            else:
+                code = 2
         for part in [] if ids else self.ledger.open_parts(SUBMITTED, COLLECTING):
             await self.jobs.look(part)
         if not ids:
             self.show()
-        return 0
+        return code
 
     async def collect_once(self) -> int:
         """Record the results of jobs that have ended."""
@@ -323,16 +342,21 @@ class Batch:
 
     async def list(self) -> int:
         """Print what the provider has, the newest first as it tells them."""
-        ours = {part.id: part for part in self.ledger.parts}
+        ours, count = {part.id: part for part in self.ledger.parts}, 0
         async for item in self.jobs.client.listed(self.target.transport.jobs, 0):
             job = providers.read_job(item, self.target)
             mark = ours[job.id].state if job.id in ours else ""
             made = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.created)) if job.created else ""
+            count += 1
             print(f"{job.id}  {job.word}  {job.done:,}/{job.total:,}  {made}  {job.name}  {mark}".rstrip())
+        if not count:
+            LOGGER.info("The provider has no jobs.")
         return 0
 
     def show(self) -> None:
         """Print the jobs of the ledger."""
+        if not self.ledger.parts:
+            LOGGER.info("No jobs are known for %s: `run` or `create` makes some.", self.results_path)
         for part in self.ledger.parts:
             print(f"{part.id or '-'}  {part.name}  {part.state} {part.word}  {part.done:,}/{part.requests:,} done")
 
@@ -390,7 +414,8 @@ async def with_batch(options: Options, act: Callable[[Batch], Awaitable[int]], *
             raise UsageError(
                 f"the open jobs of {ledger.path} are at {urls.pop()}: use that --request_url, or cancel them"
             )
-        async with Client(endpoint, target) as client:
+        patience = PATIENCE_SECONDS if alone else SHORT_PATIENCE_SECONDS
+        async with Client(endpoint, target, patience) as client:
             return await act(Batch(options, client, ledger, results_path))
 
 
@@ -403,6 +428,8 @@ async def run_batch(
     `requests_filepath` first (default: <job_name>.jsonl). The other arguments are the flags; raises UsageError and, if
     going on is pointless, Stopped.
     """
+    for unknown in options.keys() - Options.__dataclass_fields__.keys():
+        raise UsageError(f"unknown option {unknown!r}; the fields of Options are what there is")
     chosen = complete(Options(**{"wait": True, **options}))
     if prompts:
         name = chosen.requests_filepath or f"{chosen.job_name or 'batch'}.jsonl"
@@ -438,8 +465,9 @@ def results_in_order(requests_path: Path, results_path: Path) -> list[Any]:
 
 
 def write_prompts(path: Path, rows: Any, options: Options, model: str, parameters: dict[str, Any]) -> None:
-    """Write the request file of prompts; $QIANWEN_MODEL is the model if none is given."""
-    model = model or os.environ.get(QWEN_MODEL, "")
+    """Write the request file of prompts; $QIANWEN_MODEL is the model if none is given, at DashScope else qwen-plus."""
+    at_dashscope = find_provider(options.request_url, options.provider).name == "dashscope"
+    model = model or os.environ.get(QWEN_MODEL, "") or (DASHSCOPE_MODEL if at_dashscope else "")
     if not model:
         raise UsageError("prompts need a --model")
     section = {"model_name": model, "base_url": options.request_url, "provider": options.provider}
@@ -451,7 +479,9 @@ def build_parser() -> argparse.ArgumentParser:
     """Flags as fields of Options, and what makes a request file of prompts."""
     parser = _run.new_parser(__doc__)
     parser.add_argument("command", choices=["run", "create", "status", "list", "cancel", "collect"])
-    parser.add_argument("ids", nargs="*", metavar="JOB", help="with status and cancel: ids of jobs; default: all open")
+    parser.add_argument(
+        "ids", nargs="*", default=[], metavar="JOB", help="with status and cancel: ids of jobs; default: all open"
+    )
     for name, text in HELP.items():
         default = getattr(Options, name, "")
         if isinstance(default, bool):
@@ -493,8 +523,11 @@ def run_command(command: str, ids: Sequence[str], options: Options) -> int:
     try:
         with asyncio.Runner() as runner:
             return runner.run(execute(command, ids, options))
-    except (Stopped, ResultsLost, LookupError) as stopped:
-        complain(f"Stopped early: {stopped} The same command continues.")
+    except (Stopped, ResultsLost) as stopped:
+        complain(f"Stopped early: {stopped}")
+        return 3
+    except LookupError as error:
+        complain(f"Stopped early: the provider does not list its jobs ({error}).")
         return 3
     except KeyboardInterrupt:
         complain("Interrupted. Submitted jobs go on at the provider; the same command continues.")
@@ -504,7 +537,12 @@ def run_command(command: str, ids: Sequence[str], options: Options) -> int:
 async def execute(command: str, ids: Sequence[str], options: Options) -> int:
     """Run one command; where a provider holds calls open at the batch price, the processor itself runs."""
     provider = find_provider(options.request_url, options.provider).name
-    if command in ("run", "create") and (held := providers.held_open_url(options.request_url, provider)):
+    held = providers.held_open_url(options.request_url, provider)
+    if held and command not in ("run", "create"):
+        raise UsageError(
+            f"{provider} makes no jobs here: it answers ordinary calls at the batch price; `run` sends them"
+        )
+    if held:
         LOGGER.info("%s answers ordinary calls at the batch price, late: sending them to %s", provider, held)
         settings = replace(options, request_url=held).live(
             request_timeout=HELD_OPEN_SECONDS,
@@ -514,11 +552,11 @@ async def execute(command: str, ids: Sequence[str], options: Options) -> int:
         )
         tally = await run_job(settings, main_program=True)
         if tally.stop_reason:
-            complain(f"Stopped early: {tally.stop_reason} The same command continues.")
+            complain(f"Stopped early: {tally.stop_reason} Then the same command continues.")
         return tally.exit_code
     acts: dict[str, Callable[[Batch], Awaitable[int]]] = {
-        "run": lambda batch: batch.run(),
-        "create": lambda batch: batch.create(),
+        "run": lambda batch: batch.run(main_program=True),
+        "create": lambda batch: batch.create(main_program=True),
         "status": lambda batch: batch.status(ids),
         "list": lambda batch: batch.list(),
         "cancel": lambda batch: batch.cancel(ids),
