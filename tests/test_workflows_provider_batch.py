@@ -570,6 +570,43 @@ def test_jobs_named_without_a_file(tmp_path: Path, capsys: pytest.CaptureFixture
     assert all(path.suffix == ".elsewhere" for path in tmp_path.iterdir())
 
 
+def test_jobs_that_nobody_knows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An unknown job is exit code 2 with the provider's words, an empty ledger and an empty list say that they are."""
+    with World(tmp_path).serving() as world:
+        world.write(1)
+        for command in ("status", "cancel"):
+            assert _run.main_program(provider_batch.main, [*world.words(command), "batch_9"]) == 2
+            assert "404: No such batch batch_9" in capsys.readouterr().err
+            assert world.run(command=command) == 0
+            assert "No jobs are known" in capsys.readouterr().err
+        assert world.run(command="list") == 0
+    assert "The provider has no jobs" in capsys.readouterr().err
+
+
+def test_a_provider_that_never_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that was never heard of is given up after a while, with what to check."""
+    monkeypatch.setattr(provider_batch, "SHORT_PATIENCE_SECONDS", 0.0)
+    world = World(tmp_path)
+    world.url = "http://127.0.0.1:9"
+    world.write(1)
+    assert _run.main_program(provider_batch.main, [*world.words("status"), "batch_9"]) == 3
+    assert "does not answer" in (told := capsys.readouterr().err)
+    assert "Check --request_url" in told
+
+
+def test_a_batch_that_is_refused_says_what_to_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What no repetition helps is not said to continue with the same command."""
+    with World(tmp_path, "together").serving() as world:
+        world.write(1)
+        words = [word.replace("together", "openai") for word in world.words("run")]
+        assert _run.main_program(provider_batch.main, words) == 3
+    told = capsys.readouterr().err
+    assert "nothing of it was run" in told or "does not take the file" in told
+    assert "same command" not in told
+
+
 @live
 def test_held_open_calls_go_through_the_processor(tmp_path: Path) -> None:
     """Ark's batch endpoint is an ordinary call that takes long: the processor itself runs."""
@@ -577,6 +614,7 @@ def test_held_open_calls_go_through_the_processor(tmp_path: Path) -> None:
         world.write(2)
         words = [word.replace("/v1/chat", "/api/v3/chat") for word in world.words("run")]
         assert _run.main_program(provider_batch.main, words) == 0
+        assert _run.main_program(provider_batch.main, ["status", *words[1:]]) == 2
     assert world.outcomes() == ["ok"] * 2
     assert held_open_url("https://ark.x/api/v3/chat/completions", "ark").endswith("/api/v3/batch/chat/completions")
     assert not held_open_url("https://dashscope.aliyuncs.com/compatible-mode/v1/chat/completions", "dashscope")

@@ -498,7 +498,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command."""
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser().parse_intermixed_args(argv)  # jobs may stand before and after flags
     _run.load_env()
     given = {name: getattr(arguments, name) for name in HELP if getattr(arguments, name) is not None}
     if BATCH_WINDOW in os.environ:
