@@ -87,7 +87,7 @@ def test_live(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     ]
     assert found[1] == {**GOOD[1], "paper": "a.txt"}
     assert "3 samples of 3 papers" in told.out
-    assert "1 duplicates, 1 invalid" in told.out
+    assert "1 duplicates, 1 invalid, 2 left out" in told.out
     assert "c.txt: no samples in the answer 'I cannot.'" in told.err
     assert "empty.txt holds no text" in told.err
     assert "broken.pdf is no readable PDF" in told.err
@@ -181,3 +181,15 @@ def test_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: 
     (tmp_path / "empty").mkdir()
     assert run(*words) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["x", "0", "-1"])
+def test_a_wrong_number_in_the_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    """A setting that is no number ends in a message, not in a traceback."""
+    monkeypatch.setenv("MAX_SAMPLES_PER_PAPER", value)
+    with pytest.raises(SystemExit) as end:
+        run()
+    assert end.value.code == 2
+    assert f"'{value}' is no whole number above 0" in capsys.readouterr().err

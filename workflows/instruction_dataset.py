@@ -13,7 +13,9 @@ BATCH_COMPLETION_WINDOW, QIANWEN_MODEL, QIANWEN_BASE_URL, and DASHSCOPE_API_KEY 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import logging
 import os
 from collections import Counter
 from pathlib import Path
@@ -26,7 +28,6 @@ from workflows._results import Results, read_requests
 from workflows.structured_output import DECODER
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Callable, Iterator
 
 PROMPT = """Below is a scientific paper. Write {samples} training samples for instruction tuning about its content.
@@ -59,6 +60,7 @@ def read_paper(path: Path) -> str:
     if path.suffix.lower() != ".pdf":
         return _files.read_text(path).strip()
     pypdf = _run.optional("pypdf")
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it grumbles without naming the file
     try:
         return "\n".join(page.extract_text() or "" for page in pypdf.PdfReader(path).pages).strip()
     except Exception as error:  # noqa: BLE001 - pypdf raises whatever a broken file makes it raise
@@ -74,7 +76,7 @@ def cut(text: str, most: int, count: Callable[[str], int]) -> str:
 
 
 def requests(
-    folder: Path, model: _run.Model, fill: Callable[[_files.Row], str], samples: int, most: int
+    folder: Path, model: _run.Model, fill: Callable[[_files.Row], str], samples: int, most: int, counts: Counter[str]
 ) -> Iterator[tuple[_files.Row, Any]]:
     """Give a request for each paper of a folder, in the order of their names; what cannot be read is told."""
     count = Tokenizer().counter(model.name)
@@ -82,11 +84,12 @@ def requests(
         name = path.relative_to(folder).as_posix()
         try:
             text = read_paper(path)
+            problem = "" if text else f"{path} holds no text (a scanned PDF?)"
         except UsageError as error:
-            LOGGER.warning("%s", error)
-            continue
-        if not text:
-            LOGGER.warning("%s holds no text (a scanned PDF?): left out", name)
+            problem = str(error)
+        if problem:
+            counts["left out"] += 1
+            LOGGER.warning("%s: left out", problem)
             continue
         kept = cut(text, most, count)
         if len(kept) < len(text):
@@ -149,6 +152,13 @@ def dataset(requests_path: Path, results_path: Path, counts: Counter[str]) -> It
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
+def at_least_one(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Flags; their defaults are those of the environment."""
     parser = _run.new_parser(__doc__)
@@ -159,10 +169,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--request_url", default=given["request_url"], help="the endpoint or its base URL")
     parser.add_argument("--provider", default="auto")
     parser.add_argument("--api_key_env", default="", help="environment variable with the key")
-    parser.add_argument("--max_samples_per_paper", type=int, default=int(given["max_samples_per_paper"]))
-    parser.add_argument(
-        "--context_tokens", type=int, default=int(given["context_tokens"]), help="most tokens of a paper that are sent"
-    )
+    # subtle: argparse converts a default that is a text, and words what is wrong with it
+    parser.add_argument("--max_samples_per_paper", type=at_least_one, default=given["max_samples_per_paper"])
+    context = "most tokens of a paper that are sent"
+    parser.add_argument("--context_tokens", type=at_least_one, default=given["context_tokens"], help=context)
     parser.add_argument("--prompt_filepath", type=Path, help="another prompt, with {text} and {samples}")
     parser.add_argument("--system_prompt", default="")
     for name, default in (("temperature", 0.7), ("max_tokens", 2000), ("top_p", 0.9)):
@@ -214,8 +224,8 @@ def main(argv: list[str] | None = None) -> int:
     fill = _files.compile_template(template, str(arguments.prompt_filepath or "the prompt"))
     section = {name: getattr(arguments, name) for name in ("provider", "system_prompt", *provider_batch.SAMPLING)}
     model = _run.model_of({**section, "model_name": arguments.model, "base_url": options.request_url})
-    limits = (arguments.max_samples_per_paper, arguments.context_tokens)
-    count = _files.write_requests(requests_path, requests(arguments.papers, model, fill, *limits))
+    limits, counts = (arguments.max_samples_per_paper, arguments.context_tokens), Counter[str]()
+    count = _files.write_requests(requests_path, requests(arguments.papers, model, fill, *limits, counts))
     if not count:
         raise UsageError(f"{arguments.papers} holds no paper with text ({', '.join(PAPERS)})")
     if arguments.batch:
@@ -225,9 +235,10 @@ def main(argv: list[str] | None = None) -> int:
         code = _run.run_processor(settings, arguments.cache_filepath).exit_code
     if arguments.dry_run or not results_path.exists():
         return code
-    counts: Counter[str] = Counter()
     _files.write_table(arguments.output, dataset(requests_path, results_path, counts))
-    told = ", ".join(f"{counts[name]:,} {name}" for name in ("duplicates", "failed", "invalid") if counts[name])
+    told = ", ".join(
+        f"{counts[name]:,} {name}" for name in ("duplicates", "failed", "invalid", "left out") if counts[name]
+    )
     told = f" ({told})" if told else ""
     print(f"{counts['samples']:,} samples of {counts['papers']:,} papers are in {arguments.output}{told}")
     return code or (1 if counts["invalid"] else 0)
