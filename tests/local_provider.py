@@ -926,8 +926,7 @@ def deltas_of(message: dict[str, Any], reasoning_field: str) -> Iterator[dict[st
 def stream_of(reply: dict[str, Any], turn: Turn) -> list[bytes]:
     """Return a chat reply as server-sent events."""
     top = {"id": reply["id"], "object": "chat.completion.chunk", "created": CREATED, "model": reply["model"]}
-    asked = turn.body.get("stream_options") or {"include_usage": not turn.row.stream_options}
-    with_usage = bool(asked.get("include_usage"))
+    with_usage = bool((turn.body.get("stream_options") or {}).get("include_usage"))
     if with_usage:
         top["usage"] = None
     lines = []
@@ -938,6 +937,8 @@ def stream_of(reply: dict[str, Any], turn: Turn) -> list[bytes]:
             lines.append({**top, "choices": [{"index": number, "delta": delta, "finish_reason": reason}]})
     if with_usage:
         lines.append({**top, "choices": [], "usage": reply["usage"]})
+    elif not turn.row.stream_options:
+        lines[-1]["usage"] = reply["usage"]
     events = [b"data: " + json.dumps(line).encode() + b"\n\n" for line in lines]
     if comment := turn.row.comment or (turn.options.stream_comments and "keep-alive"):
         events[1:1] = [f": {comment}\n\n".encode()]
