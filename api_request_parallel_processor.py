@@ -372,7 +372,8 @@ class Run:
         if refused:  # only the last one is listed
             request.errors = [error for error in request.errors if error["kind"] != verdict.kind]
         error = {"attempt": request.attempts + refused, "kind": verdict.kind, "status": reply.status or None}
-        error |= {"message": verdict.message, "response": reply.text or None if reply.body is None else reply.body}
+        error |= {"message": f"{verdict.message} {mistake}".strip()}
+        error |= {"response": reply.text or None if reply.body is None else reply.body}
         request.errors.append(error)
         del request.errors[1:-ERRORS_KEPT]
         if refused:
@@ -1118,9 +1119,8 @@ class Pacer:
 # ==== 4 send: the only place that knows HTTP ==========================================================================
 
 CONNECT_SECONDS, TIMED_OUT = 30.0, "no whole reply within --request_timeout"
-ZLIB_OR_GZIP = 47  # told by the header (zlib manual, inflateInit2)
 SPARE_OPEN_FILES, MOST_CONCURRENT = 64, 20_000  # of no connections; fewer than the ports that an address has
-SHORTEST_SECRET = 12  # shorter ones would be found in ordinary words
+ZLIB_OR_GZIP, SHORTEST_SECRET = 47, 12  # the header tells (zlib manual); shorter ones are found in ordinary words
 TEXT_KEPT, LARGE_BODY = 2000, 1 << 20  # bytes of a reply that is no JSON; aiohttp sends more only from a file
 
 
@@ -1346,8 +1346,7 @@ def judge(reply: Reply, provider: Provider, shape: str) -> Verdict:
         kind = "bad_request"  # no waiting makes room for this request
     words = (code, family, f"http{code if status < 300 else status}", message)
     rules = chain(provider.codes.items(), RULES.items())
-    fits = (told for pattern, told in rules for word in words if re.fullmatch(pattern, word, re.IGNORECASE))
-    kind = kind or next(fits)
+    kind = kind or next(told for pattern, told in rules for word in words if re.fullmatch(pattern, word, re.IGNORECASE))
     return Verdict(ACTIONS[kind], kind, message[:WORDS_KEPT] or f"status {status}: no usable answer", code or family)
 
 
@@ -2276,6 +2275,7 @@ SHAPES = {
         ("promptTokenCount", "toolUsePromptTokenCount"), ("candidatesTokenCount", "thoughtsTokenCount")),
     "deepinfra": Shape("*/v1/inference/*", ("input", "inputs", "prompt"), "inference_status", (str, list, dict),
         "inference_status", ("tokens_input",), ("tokens_generated",))}
+MODEL_MISSING = r"^\S*(model|deployment)|valid model|model.{0,99}not exist|模型.{0,9}不存在"  # its start is the code
 KEY_STARTS = {"sk-ant-": "anthropic", "sk-or-": "openrouter", "gsk_": "groq", "AIza": "gemini", r"\w{32}\.": "zhipu"}
 OPENAI_CODES = {r"(insufficient_quota|credit_balance|billing)\w*|\w+(spend|usage)_limit\w*": "no_money"}
 GOOGLE_CODES = {".*(PerDay|credits.*depleted).*": "no_money", ".*API.KEY.(not |in)valid.*|FAILED_PRECONDITION": "auth"}
@@ -2373,10 +2373,9 @@ def check_request(body: dict[str, Any], shape: str, provider: Provider) -> str:
 
 def unwrap_gateway(body: Any) -> tuple[Any, dict[str, Any], str]:
     """The provider's reply inside a gateway's, the credits beside it, and "" or why there is no reply."""
-    outer = only(dict, body)
-    beside = {name: value for name, value in outer.items() if name.startswith("credits")}
+    beside = {name: value for name, value in only(dict, body).items() if name.startswith("credits")}
     try:
-        return loads(outer["raw"]), beside, ""
+        return loads(body["raw"]), beside, ""
     except (KeyError, ValueError, TypeError, AttributeError):
         return None, beside, f"the gateway answered without JSON in `raw`: {one_line(body)}"
 
@@ -2441,7 +2440,8 @@ def likely_mistake(endpoint: Endpoint, verdict: Verdict, reply: Reply) -> str:
         looks = f"The key looks like one of {owner}. " if owner not in ("", provider.name) else ""
         keys = " or ".join(provider.key_env)
         return f"{looks}Check that the key ({keys}) is one of {provider.name} for this site and region: {url.hostname}."
-    if re.search("model|deployment", f"{verdict.code} {verdict.message * (reply.status == 404)}", re.IGNORECASE):
+    missing = "model|deployment" if reply.status == 404 else MODEL_MISSING
+    if verdict.action is Action.FAIL and re.search(missing, f"{verdict.code} {verdict.message}", re.IGNORECASE):
         return 'Check "model": the provider does not know it, or the key may not use it.'
     return f"Check --request_url: {url.hostname} has nothing at {url.path}." if reply.status in (404, 405) else ""
 

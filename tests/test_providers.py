@@ -25,7 +25,7 @@ from api_request_parallel_processor import (
     likely_mistake,
     unwrap_gateway,
 )
-from tests.jobs import KEY, play
+from tests.jobs import KEY, chats, play
 from tests.local_provider import Options
 
 if TYPE_CHECKING:
@@ -556,6 +556,15 @@ def test_every_row_streams_what_it_answers(tmp_path: Path, name: str, reasoning:
     assert found[0] == found[1]
 
 
+def test_the_likely_mistake_stands_in_the_result(tmp_path: Path) -> None:
+    """Where a run does not stop for it, the failed line says what is probably wrong."""
+    rules = [{"contains": "000.", "kind": "missing"}]
+    played = play(tmp_path, chats(3), Options(statuses=rules))
+    [error] = played.by_id[0][1]
+    assert error["message"].startswith("The model `gpt-4o-mini` does not exist.")
+    assert 'Check "model"' in error["message"]
+
+
 MISTAKES = [
     ("https://api.openai.com/v1/chat/completions", "sk-ant-abc", 401, None, "anthropic"),
     ("https://api.anthropic.com/v1/messages", "gsk_abc", 401, None, "groq"),
@@ -569,6 +578,13 @@ MISTAKES = [
     ("https://api.openai.com/v2/chat/completions", "sk-1", 404, None, "/v2/chat/completions"),
     ("https://api.openai.com/v1/chat/completions", "sk-1", 404, {"error": {"code": "model_not_found", "message": "m"}}, '"model"'),
     ("https://api.openai.com/v1/chat/completions", "sk-1", 400, {"error": {"message": "m"}}, ""),
+    ("https://api.openai.com/v1/chat/completions", "sk-1", 400, {"error": {"message": "This model's maximum context length is 8"}}, ""),
+    ("https://api.openai.com/v1/chat/completions", "sk-1", 503, {"error": {"message": "model not found yet"}}, ""),
+    ("https://open.bigmodel.cn/api/paas/v4/chat/completions", "sk-1", 400, {"error": {"code": "1211", "message": "模型不存在，请检查模型代码。"}}, '"model"'),
+    ("https://api.mistral.ai/v1/chat/completions", "sk-1", 400, {"message": "Invalid model: m", "type": "invalid_model", "code": "1500"}, '"model"'),
+    ("https://api.siliconflow.cn/v1/chat/completions", "sk-1", 400, {"code": 20012, "message": "Model does not exist. Please check it."}, '"model"'),
+    ("https://openrouter.ai/api/v1/chat/completions", "sk-1", 400, {"error": {"code": 400, "message": "m is not a valid model ID"}}, '"model"'),
+    ("https://api.anthropic.com/v1/messages", "sk-1", 404, {"error": {"type": "not_found_error", "message": "model: m"}}, '"model"'),
 ]  # fmt: skip
 
 
