@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from workflows._replies import Tokens
     from workflows._results import Result
 
+LONGEST_NAME = 100
 MOST_NAMES = 50  # models and reasons that are told apart; what comes later is counted together
 OTHERS = "(others)"
 SLOWEST, FAILED_OF_A_KIND, FAILED = 20, 10, 100  # requests that are kept to be read
@@ -143,7 +144,9 @@ class Numbers:
             if (tokens := read_tokens(reply)) is None:
                 self.silent += result.succeeded
                 continue
-            names = [name for name in (reply.get("model"), reply.get("modelVersion")) if isinstance(name, str)]
+            names = [
+                name[:LONGEST_NAME] for name in (reply.get("model"), reply.get("modelVersion")) if isinstance(name, str)
+            ]
             cost = self.bill.price(tokens, [*names, model], at, reply)
             self.count_reply(tokens, self.models[model], cost)
             if result.succeeded:
@@ -173,7 +176,7 @@ class Numbers:
         """The name under which the replies of a line are counted."""
         response = as_dict(result.response)
         names = as_dict(result.request).get("model"), response.get("model"), response.get("modelVersion"), "(not told)"
-        name = next(name for name in names if isinstance(name, str) and name)[:100]
+        name = next(name for name in names if isinstance(name, str) and name)[:LONGEST_NAME]
         if name not in self.models:
             name = name if len(self.models) < MOST_NAMES else OTHERS
             self.models.setdefault(name, ModelTotals())

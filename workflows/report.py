@@ -37,7 +37,7 @@ def bill_of(arguments: argparse.Namespace) -> Bill:
     named = {
         "input": arguments.input_price,
         "output": arguments.output_price,
-        "cache_read": arguments.cached_input_price,
+        "cache_read": arguments.cached_input_price or None,
     }
     given = {name: price for name, price in named.items() if price is not None}
     if given and not given.keys() & {"input", "output"}:
@@ -74,9 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_tokens_per_minute", type=float, default=0, metavar="N", help="the budget of the run")
     parser.add_argument("--input_price", type=float, metavar="P", help="price of a million input tokens")
     parser.add_argument("--output_price", type=float, metavar="P", help="price of a million output tokens")
-    parser.add_argument(
-        "--cached_input_price", type=float, metavar="P", help="of those read from a cache; default: input_price"
-    )
+    parser.add_argument("--cached_input_price", type=float, metavar="P", help="of those read from a cache; 0 = as all")
     parser.add_argument("--request_url", default="", metavar="URL", help="where the requests went, for list prices")
     parser.add_argument("--provider", default="auto", choices=["auto", *PROVIDERS], metavar="NAME", help="the same")
     parser.add_argument("--batch", action="store_true", help="they went through a Batch API: its list prices")
