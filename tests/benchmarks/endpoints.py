@@ -71,7 +71,7 @@ def measure(row: Row, folder: Path) -> list[str]:
     results.unlink(missing_ok=True)
     endpoints = folder / "endpoints"
     with ExitStack() as stack:
-        options = {"latency": LATENCY, "latency_spread": SPREAD}
+        options: dict[str, Any] = {"latency": LATENCY, "latency_spread": SPREAD}
         servers = [stack.enter_context(local_provider(folder, **options, **server)) for server in row.servers]
         lines = (f"{server.url} - {limit:g} 0\n" for server, limit in zip(servers, row.limits, strict=True))
         endpoints.write_text("".join(lines))
