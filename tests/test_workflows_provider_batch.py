@@ -654,6 +654,13 @@ def test_windows_and_endpoints() -> None:
     assert (target.endpoint, target.model) == ("/chat/completions", "d1")
 
 
+def test_replies_that_come_as_a_text() -> None:
+    """Llama Stack writes the JSON of a reply as a text within the line."""
+    line = {"custom_id": "a", "response": {"status_code": 200, "body": '{"choices": []}'}, "error": None}
+    custom_id, got, error = providers.read_output(line, "openai")
+    assert (custom_id, got.status, got.body, error) == ("a", 200, {"choices": []}, None)
+
+
 def test_a_broken_ledger_is_not_ignored(tmp_path: Path) -> None:
     """A ledger that cannot be read says what was paid for: it is never overwritten."""
     world = World(tmp_path)

@@ -296,7 +296,8 @@ class Jobs:
             return True
         part.done, part.failed = collector.succeeded, collector.failed
         if job.problems:
-            LOGGER.warning("%s: %s", part.name, "; ".join(text for _, text in job.problems[:PROBLEMS_TOLD]))
+            told = list(dict.fromkeys(text for _, text in job.problems))[:PROBLEMS_TOLD]
+            LOGGER.warning("%s: %s", part.name, "; ".join(told))
         LOGGER.info("%s: collected, %s succeeded, %s failed", part.name, f"{part.done:,}", f"{part.failed:,}")
         self.ledger.close(part, RETURNED if collector.returned else COLLECTED)
         self.returned = self.returned or collector.returned > 0

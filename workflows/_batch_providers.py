@@ -5,13 +5,14 @@ To add a provider, add a row to TRANSPORTS. Its name is the one that the process
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
 
-from api_request_parallel_processor import Reply, UsageError, dumps, error_words, one_line
+from api_request_parallel_processor import Reply, UsageError, dumps, error_words, loads, one_line
 from workflows._replies import as_dict, as_list
 
 CHAT, EMBEDDINGS, RESPONSES = "/chat/completions", "/embeddings", "/responses"
@@ -340,6 +341,9 @@ def read_output(line: Any, family: str) -> tuple[str, Reply, tuple[str, str, str
         )
     outer = as_dict(response)
     body = outer.get("body", outer if outer and "status_code" not in outer else None)
+    if isinstance(body, str):  # Llama Stack writes the JSON of the reply as a text
+        with contextlib.suppress(ValueError):
+            body = loads(body)
     status = number(outer.get("status_code")) or (200 if body is not None else 0)
     if body is not None and not (error and status < 300):
         return custom_id, Reply(status=status, body=body), None
