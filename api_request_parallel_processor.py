@@ -384,6 +384,8 @@ class Run:
             self.record(request)
             reason = f"{verdict.kind} {reply.status} {verdict.code or re.sub('[0-9]+', '', verdict.message)}"
             self.first_failures.update([reason] if not self.tally.succeeded else [])
+            if self.first_failures == {reason: 1}:
+                LOGGER.warning("line %d: %s", request.line, error["message"])
             if self.first_failures == {reason: SAME_FAILURES}:
                 self.stop("hopeless", f"The first {SAME_FAILURES} replies all say: {verdict.message}", mistake)
 
@@ -1891,7 +1893,7 @@ def summarize(run: Run) -> list[str]:
     lines += [f"{endpoint.name}: {found}" for endpoint in run.endpoints if (found := endpoint.pacer.describe())]
     lines += run.learned.describe()
     if not (tally.calls or tally.failed or run.stopped_by):
-        lines.append("Nothing to do, all are finished; --restart starts afresh, another results file keeps both.")
+        lines.append("Nothing to do, all are finished; --restart starts afresh, another --save_filepath keeps both.")
     advice = "Failed lines hold their reasons. The same command tries them again; --save_details tells more."
     return [line for line in (*lines, f"Results: {run.results.path}", tally.failed and advice) if line]
 

@@ -183,7 +183,7 @@ more_flags=''                     # others, such as '--max_attempts 3 --save_det
 
 # A lab's JSON gateway, /gpt or /claude (the key is your user name there; it travels unencrypted)
 #request_url='http://YOUR-GATEWAY:8000/gpt'
-#api_key_env='GATEWAY_API_KEY'
+#api_key_env='GATEWAY_USERNAME'
 #requests_filepath='requests/json_gateway.jsonl'
 #more_flags='--provider json_gateway --allow_plain_http'
 

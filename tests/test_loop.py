@@ -334,6 +334,12 @@ def test_at_most_so_many_in_flight(tmp_path: Path) -> None:
     assert played.tally.exit_code == 0
 
 
+def test_the_first_line_that_fails_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Once, with what to do about it; the others are in the results."""
+    play(tmp_path, chats(5), Options(statuses=[fails("question", kind="missing")]))
+    assert caplog.text.count('Check "model"') == 1
+
+
 @pytest.mark.parametrize(("output_tokens", "number"), [(16, 400), (900, 20)])
 def test_no_more_is_spent_than_allowed(tmp_path: Path, output_tokens: int, number: int) -> None:
     """--max_cost is used and holds, however much longer the answers are than expected before there is one."""
