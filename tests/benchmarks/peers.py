@@ -19,9 +19,10 @@ tokens  384,000 tokens a minute, counted when the answer is made, a bucket that 
 
 Under limits answers take 0.5 s (lognormal, 0.5), the server sends the headers of OpenAI, and all tools are told the
 limits. Those that know none (SDK, Router) are given as many at once as the limit has in flight at this latency, which
-is the best that can be done and needs the latency to be known; "of 64" is the same SDK with a guess. Budget use is the
-share of the answers, by the share of the least possible time; refused is the share of calls that the server answered
-429. A tool is stopped after five times the least time. Jobs under limits run --jobs at a time; they need little CPU.
+is the best that can be done and needs the latency to be known; "64 at once" is the same SDK with a guess. Budget use is
+the least time that the server's limit needs for what it has answered, by the time taken; refused is the share of calls
+that it answered 429. A tool is stopped after five times the least time. Jobs under limits run --jobs at a time; they
+need little CPU. Those that start at an even pace leave a bucket full at the start unused: a minute's worth, once.
 """
 
 from __future__ import annotations
@@ -252,8 +253,7 @@ class Bench:
         found.cpu = ended.cpu / measure.count * 1000
         if measure.limited:
             found.seconds = stats["last_accepted"] - stats["first_call"]
-            worth = measure.worth_of(stats) * measure.count / stats["accepted"]
-            found.use = answered * measure.least(worth) / found.seconds
+            found.use = measure.least(measure.worth_of(stats)) / found.seconds
             found.refused = stats["refused"] / stats["calls"]
         return found
 
