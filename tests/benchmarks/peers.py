@@ -8,10 +8,11 @@ Packages of one tool may exclude those of another: --python names further enviro
 version found. --cookbook is the path of a copy of the OpenAI cookbook's api_request_parallel_processor.py. How each
 tool is used stands in _peers.py. Everything is a process of its own, started anew for each job, the local provider too.
 
-fast    answers after 50 ms, 200 at once, no limits; time counts from the first call to the end of the process, so that
-        answers are on disk; start-up is what comes before it, CPU and memory (largest resident set) are of all of it.
+fast    2,000 requests, answers after 50 ms, 200 at once, no limits; time counts from the first call to the end of the
+        process, so that answers are on disk; start-up is what comes before it.
 slow    the same with answers after 1 s at the median (lognormal, 0.5) and 1,000 at once.
-memory  10,000 requests, taken once; everything else three times (--rounds), all tools in turn, and the median told.
+memory  10,000 requests as in fast: largest resident set, and CPU with the start-up; taken once, everything else three
+        times (--rounds), all tools in turn, and the median told.
 minute  1,200 requests a minute, a bucket that is full at the start; two minutes' worth of requests, 60 s at the least.
 second  the same limit enforced by the second, 20 each; half a minute's worth, 29 s at the least.
 tokens  384,000 tokens a minute, counted when the answer is made, a bucket that is full at the start; prompts of 180 and
@@ -333,9 +334,9 @@ def columns(name: str, measure: Measure) -> dict[str, str]:
     if measure.limited:
         return {f"limit {name}: use": "{use:.0%}", "refused": "{refused:.1%}"}
     return {
-        "fast": {"start-up, s": "{start:.1f}", "CPU each, ms": "{cpu:.2f}", "requests/s at 50 ms": "{rate:.0f}"},
+        "fast": {"start-up, s": "{start:.1f}", "requests/s at 50 ms": "{rate:.0f}"},
         "slow": {"requests/s at 1 s": "{rate:.0f}"},
-        "memory": {"memory of 10,000, MB": "{memory:.0f}"},
+        "memory": {"CPU each, ms": "{cpu:.2f}", "memory, MB": "{memory:.0f}"},
     }[name]
 
 
