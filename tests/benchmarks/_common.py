@@ -20,6 +20,7 @@ import time
 import urllib.request
 from collections import Counter
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -277,12 +278,13 @@ def identity_of_line(line: str) -> str:
 
 def unpack_vocabulary(folder: Path, *names: str) -> dict[str, str]:
     """Put vocabularies where tiktoken looks for them, so that nobody needs a network; gives the environment to use."""
-    import bpe_openai
-
+    spec = find_spec("bpe_openai")  # not imported: the peak of our memory would become that of every child
+    assert spec
+    assert spec.origin
     place = folder / "vocabulary"
     place.mkdir(exist_ok=True)
     for name in names or ("o200k_base",):
-        packed = Path(bpe_openai.__file__).parent / "data" / f"{name}.tiktoken.gz"
+        packed = Path(spec.origin).parent / "data" / f"{name}.tiktoken.gz"
         key = hashlib.sha1(f"{VOCABULARIES}/{name}.tiktoken".encode(), usedforsecurity=False).hexdigest()
         (place / key).write_bytes(gzip.decompress(packed.read_bytes()))
     return {"TIKTOKEN_CACHE_DIR": str(place)}

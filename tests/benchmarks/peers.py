@@ -172,12 +172,15 @@ class Outcome:
 
 def answers(results: Path) -> Iterator[tuple[int, str]]:
     """Read what a tool has written: [id, answer], or result lines of this program and of the cookbook script."""
-    for line in results.read_text("utf-8").splitlines() if results.exists() else []:
-        match json.loads(line):
-            case [int() as number, str() as answer]:
-                yield number, answer
-            case [_, {"choices": [{"message": {"content": answer}}]}, {"id": number}]:
-                yield number, answer
+    if not results.exists():
+        return
+    with results.open(encoding="utf-8") as lines:
+        for line in lines:
+            match json.loads(line):
+                case [int() as number, str() as answer]:
+                    yield number, answer
+                case [_, {"choices": [{"message": {"content": answer}}]}, {"id": number}]:
+                    yield number, answer
 
 
 def check(results: Path, count: int) -> tuple[float, str]:
