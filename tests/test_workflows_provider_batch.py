@@ -554,6 +554,13 @@ def test_from_python(tmp_path: Path) -> None:
     assert got["exit_code"] == 0
 
 
+@pytest.mark.parametrize(("options", "told"), [({}, "give prompts"), ({"nonsense": 1}, "unknown option 'nonsense'")])
+def test_from_python_with_wrong_arguments(options: dict[str, Any], told: str) -> None:
+    """What cannot work is a UsageError."""
+    with pytest.raises(UsageError, match=told):
+        asyncio.run(provider_batch.run_batch(**options))
+
+
 def test_jobs_named_without_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Any job of the account can be asked for and cancelled, and nothing is left behind."""
     with World(tmp_path, seconds=60.0).serving() as world:

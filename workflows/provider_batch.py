@@ -294,7 +294,8 @@ class Batch:
         await self.submit_all()
         if waiting := len(self.ledger.open_parts(*UNSENT)):
             LOGGER.info("Parts that wait: %d. `run` submits them as soon as that is possible.", waiting)
-        self.show()
+        if main_program:
+            self.show()
         if self.ledger.open_parts(SUBMITTED):
             LOGGER.info(
                 "`run` with the same flags waits for the results, `status` asks, `collect` takes what is there."
@@ -431,6 +432,8 @@ async def run_batch(
     for unknown in options.keys() - Options.__dataclass_fields__.keys():
         raise UsageError(f"unknown option {unknown!r}; the fields of Options are what there is")
     chosen = complete(Options(**{"wait": True, **options}))
+    if not (prompts or chosen.requests_filepath):
+        raise UsageError("give prompts, or requests_filepath")
     if prompts:
         name = chosen.requests_filepath or f"{chosen.job_name or 'batch'}.jsonl"
         chosen = replace(chosen, requests_filepath=name)
