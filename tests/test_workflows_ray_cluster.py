@@ -11,6 +11,8 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -525,3 +527,84 @@ def test_requests_from_an_address_are_read_as_a_stream(tmp_path: Path) -> None:
         assert file.read() == path.read_bytes()
     with pytest.raises(UsageError, match="cannot be read"):
         ray_cluster.open_requests((tmp_path / "none.jsonl").as_uri())
+
+
+# ---- a real cluster --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def real_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head without cores and two nodes; gone afterwards, with all that it wrote."""
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.delenv("OPENAI_API_KEY")
+    from ray.cluster_utils import Cluster
+
+    with tempfile.TemporaryDirectory(prefix="ray.", dir="/tmp", ignore_cleanup_errors=True) as folder:  # a short name
+        args = {"num_cpus": 0, "include_dashboard": False, "temp_dir": folder, "object_store_memory": 80 << 20}
+        cluster = Cluster(initialize_head=True, head_node_args=args)
+        try:
+            cluster.folder = Path(folder)
+            del args["temp_dir"], args["include_dashboard"]
+            cluster.workers = [cluster.add_node(**args | {"num_cpus": 2}) for _ in range(2)]
+            yield cluster
+        finally:
+            cluster.shutdown()
+
+
+class Driver:
+    """The program, on a real cluster."""
+
+    def __init__(self, cluster: Any, provider: ProviderProcess, path: Path, *flags: object) -> None:
+        more = ("--ray_address", cluster.address, "--max_concurrent_requests", 30, "--max_requests_per_minute", 0)
+        line = words(path, provider.url, "--num_workers", 3, *more, *flags)
+        self.said = path.with_suffix(".log").open("a+b")
+        self.process = subprocess.Popen(line, cwd=ROOT, env=environment(), stdout=self.said, stderr=self.said)
+
+    def wait_for_calls(self, provider: ProviderProcess, number: int) -> None:
+        give_up = time.monotonic() + 90
+        while provider.ask("/_stats")["calls"] < number:
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < give_up, self.text()
+            time.sleep(0.05)
+
+    def wait(self) -> int:
+        return self.process.wait(120)
+
+    def text(self) -> str:
+        self.said.seek(0)
+        return self.said.read().decode()
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_on_a_real_cluster(real_cluster: Any, provider: ProviderProcess, tmp_path: Path) -> None:
+    """A node is killed, then the driver, then comes Ctrl-C: what is in flight is all that is asked twice."""
+    provider.ask("/_control", {"latency": 0.5})
+    path, results = write_lines(tmp_path / "job.jsonl", chats(900)), tmp_path / "job_results.jsonl"
+    driver = Driver(real_cluster, provider, path)
+    driver.wait_for_calls(provider, 150)
+    real_cluster.remove_node(real_cluster.workers[0], allow_graceful=False)
+    driver.wait_for_calls(provider, 350)
+    driver.process.kill()
+    driver.wait()
+    assert re.search(r"Worker \S+ was lost", driver.text())
+    assert list(tmp_path.glob("job_results.jsonl.shards/*.jsonl"))
+
+    driver = Driver(real_cluster, provider, path)
+    driver.wait_for_calls(provider, provider.ask("/_stats")["calls"] + 100)
+    driver.process.send_signal(signal.SIGINT)
+    assert driver.wait() == 130, driver.text()
+    assert "SIGINT: nothing new is started" in driver.text()
+    assert not list(tmp_path.glob("*.shards/*")) or len(read_lines(results)) < 900
+
+    driver = Driver(real_cluster, provider, path)
+    assert driver.wait() == 0, driver.text()
+    assert one_line_each(chats(900), read_lines(results))
+    assert not list(tmp_path.glob("*.shards"))
+    stats = provider.ask("/_stats")
+    assert stats["max_in_flight"] <= 60, "30, and 30 that the killed driver has left behind"
+    assert stats["calls"] - 900 <= 2 * 30 + 10, "what a killed node and a killed driver had in flight"
+    written = [file for file in real_cluster.folder.rglob("*") if file.is_file() and not file.is_symlink()]
+    assert written
+    assert not [file for file in [*written, *tmp_path.iterdir()] if KEY.encode() in file.read_bytes()]

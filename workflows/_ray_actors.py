@@ -38,7 +38,7 @@ from api_request_parallel_processor import (
 from workflows._ray_leases import ClusterPacer, Grant, LeasedPacer, Leases, News, Purse, Want
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
 HEARTBEAT_SECONDS = 0.25  # between two reports of a worker that has nothing to report
 FEW_REQUESTS = 200  # left to a worker: it should be handed more
@@ -254,7 +254,8 @@ class Worker:
             asks, tells = asyncio.Event(), asyncio.Event()
             endpoint.pacer = pacer = LeasedPacer(most, self.upcoming, self.price, asks.set, tells.set, self.wake.set)
             self.pacers.append(pacer)
-            jobs += [self._ask(index, pacer, asks), self._tell(index, pacer, tells)]
+            jobs += [self._drain_at_end_of(self._ask(index, pacer, asks))]
+            jobs += [self._drain_at_end_of(self._tell(index, pacer, tells))]
             await endpoint.open(self.stack)
         self.run = WorkerRun(settings, self.reader, endpoints, self.outbox, Reporter("none"), self.wake, clock)
         self.idle = True
@@ -322,6 +323,14 @@ class Worker:
                 pacer.blocked = None
             self.idle = not self.reader.requests or self.run.stopped_by != ""
             self.news.set()
+
+    async def _drain_at_end_of(self, job: Coroutine[Any, Any, None]) -> None:
+        """Without the actor that holds the budgets nothing can start, but what is in flight is waited for."""
+        try:
+            await job
+        except Exception as error:  # noqa: BLE001 - as values, errors of the network do not end a run
+            self.run.stop("hopeless", f"The actor that holds the budgets was lost ({str(error)[:200]})")
+            self.wake.set()
 
     async def _ask(self, endpoint: int, pacer: LeasedPacer, asks: asyncio.Event) -> None:
         """Ask for starts, as long as some are wanted."""

@@ -98,10 +98,10 @@ class Cluster:
         self.rows = [replace(row, max_cost=0.0, give_up_minutes=0.0, endpoints_filepath="") for row in rows]  # ours
 
     def here(self) -> Any:
-        """The node of the driver, as a place for an actor."""
+        """The node of the driver, as the place for an actor; a soft affinity would let Ray take any."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        return NodeAffinitySchedulingStrategy(self.ray.get_runtime_context().get_node_id(), soft=True)
+        return NodeAffinitySchedulingStrategy(self.ray.get_runtime_context().get_node_id(), soft=False)
 
     def hire(self) -> Any:
         """Start the actor of a worker, on whatever node has a free core."""
