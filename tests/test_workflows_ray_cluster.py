@@ -47,7 +47,7 @@ class Line:
     def ask(self, worker: str, *costs: int, price: float = 0.0) -> None:
         self.answers.pop(worker, None)
         wants = [Want(cost, cost, price) for cost in costs]
-        self.leases.ask(worker, wants, self.now, lambda grants: self.answers.update({worker: grants}))
+        self.leases.ask(worker, 0, wants, self.now, lambda grants: self.answers.update({worker: grants}))
 
     def until(self, worker: str, seconds: float = 1000.0) -> list[Grant]:
         """Let time pass until this worker is answered."""

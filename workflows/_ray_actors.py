@@ -35,7 +35,7 @@ from api_request_parallel_processor import (
     make_endpoint,
     open_files_for,
 )
-from workflows._ray_leases import ClusterPacer, Grant, LeasedPacer, Leases, News, Purse, Want
+from workflows._ray_leases import LANES, ClusterPacer, Grant, LeasedPacer, Leases, News, Purse, Want
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -97,7 +97,7 @@ class Budgets:
             self.dispatcher = self.dispatcher or asyncio.create_task(self._dispatch())
             self.dispatcher.cancel()
 
-    async def lease(self, endpoint: int, worker: str, wants: list[Want], news: News) -> list[Grant]:
+    async def lease(self, endpoint: int, worker: str, lane: int, wants: list[Want], news: News) -> list[Grant]:
         """Grant starts as soon as there are some, at the latest after HOLD_SECONDS none."""
         self.dispatcher = self.dispatcher or asyncio.create_task(self._dispatch())
         answer: asyncio.Future[list[Grant]] = asyncio.get_running_loop().create_future()
@@ -107,7 +107,7 @@ class Budgets:
                 answer.set_result(grants)
 
         self.leases[endpoint].hear(worker, news, clock())
-        self.leases[endpoint].ask(worker, wants, clock(), tell)
+        self.leases[endpoint].ask(worker, lane, wants, clock(), tell)
         self.kicked.set()
         return await answer
 
@@ -254,7 +254,7 @@ class Worker:
             asks, tells = asyncio.Event(), asyncio.Event()
             endpoint.pacer = pacer = LeasedPacer(most, self.upcoming, self.price, asks.set, tells.set, self.wake.set)
             self.pacers.append(pacer)
-            jobs += [self._drain_at_end_of(self._ask(index, pacer, asks))]
+            jobs += [self._drain_at_end_of(self._ask(index, pacer, asks, lane)) for lane in range(LANES)]
             jobs += [self._drain_at_end_of(self._tell(index, pacer, tells))]
             await endpoint.open(self.stack)
         self.run = WorkerRun(settings, self.reader, endpoints, self.outbox, Reporter("none"), self.wake, clock)
@@ -332,7 +332,7 @@ class Worker:
             self.run.stop("hopeless", f"The actor that holds the budgets was lost ({str(error)[:200]})")
             self.wake.set()
 
-    async def _ask(self, endpoint: int, pacer: LeasedPacer, asks: asyncio.Event) -> None:
+    async def _ask(self, endpoint: int, pacer: LeasedPacer, asks: asyncio.Event, lane: int) -> None:
         """Ask for starts, as long as some are wanted."""
         in_line = False
         while True:
@@ -343,7 +343,7 @@ class Worker:
             wants = pacer.wanted(asked_at) if self.outbox.bytes < MOST_UNREPORTED_BYTES else []
             if wants or in_line:
                 news = pacer.news(self.run.tally.spent)
-                grants = await self.budgets.lease.remote(endpoint, self.name, wants, news)
+                grants = await self.budgets.lease.remote(endpoint, self.name, lane, wants, news)
                 pacer.take_in(grants, len(wants), asked_at)
                 in_line = bool(wants) and not grants
 

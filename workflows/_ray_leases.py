@@ -21,6 +21,7 @@ HOLD_SECONDS = 0.2  # until an ask is answered, if only with nothing, so that a 
 AWAY_SECONDS = 0.25  # that who was answered with nothing keeps the place in the line
 BATCH_SECONDS = 0.004  # in which starts that become free one after the other are granted together
 MOST_AT_ONCE = 256  # starts in one ask
+LANES = 2  # asks of a worker that may be under way: one waits in the line while the answer of another travels
 
 
 class Want(NamedTuple):
@@ -116,16 +117,18 @@ class Leases:
 
     def __init__(self, pacer: ClusterPacer, purse: Purse | None = None) -> None:
         self.pacer, self.purse = pacer, purse or Purse()
-        self.line: dict[str, _Ask] = {}  # whoever asks again before leaving it keeps the place
+        self.line: dict[tuple[str, int], _Ask] = {}  # whoever asks again before leaving it keeps the place
         self.open: dict[int, _Lease] = {}
         self.granted = 0
 
-    def ask(self, worker: str, wants: list[Want], now: float, answer: Callable[[list[Grant]], object]) -> None:
+    def ask(
+        self, worker: str, lane: int, wants: list[Want], now: float, answer: Callable[[list[Grant]], object]
+    ) -> None:
         """Queue an ask, or without wants leave the line; `answer` is called once, by a later turn."""
         if wants:
-            self.line[worker] = _Ask(deque(wants), now, answer)
+            self.line[worker, lane] = _Ask(deque(wants), now, answer)
         else:
-            self.line.pop(worker, None)
+            self.line.pop((worker, lane), None)
             answer([])
 
     def hear(self, worker: str, news: News, now: float) -> None:
@@ -140,7 +143,8 @@ class Leases:
 
     def forget(self, worker: str, now: float) -> None:
         """Close what a worker that is gone has left open: it may have been started."""
-        self.line.pop(worker, None)
+        for place in [place for place in self.line if place[0] == worker]:
+            del self.line[place]
         for number in [number for number, lease in self.open.items() if lease.worker == worker]:
             if lease := self._close(number):
                 self.pacer.finish(lease.ticket, Outcome.FAILED, now)
@@ -153,7 +157,7 @@ class Leases:
     def turn(self, now: float) -> float:
         """Grant what may start now and answer who is due; gives when to look again."""
         again = self._serve(now)
-        for worker, ask in list(self.line.items()):
+        for place, ask in list(self.line.items()):
             if ask.away_until:
                 due = ask.away_until
             elif ask.grants:
@@ -162,7 +166,7 @@ class Leases:
                 ask.away_until = due = now + AWAY_SECONDS
                 ask.answer([])
             if now >= due:
-                del self.line[worker]
+                del self.line[place]
                 if ask.grants:
                     ask.answer(ask.grants)
             again = min(again, due)
@@ -171,17 +175,17 @@ class Leases:
     def _serve(self, now: float) -> float:
         """Grant starts to the head of the line, then to the next; gives when the one that has to wait may start."""
         while self.line:
-            worker, ask = next(iter(self.line.items()))
+            place, ask = next(iter(self.line.items()))
             if ask.away_until:  # subtle: were others served meanwhile, small requests would starve a large one
                 return math.inf
             if ask.wants:
                 wait = self._delay(ask.wants[0], now)
                 if wait <= 0:
-                    self._grant(worker, ask, now)
+                    self._grant(place[0], ask, now)
                     continue
                 if not ask.grants or now + wait < ask.first + BATCH_SECONDS:
                     return now + wait
-            del self.line[worker]
+            del self.line[place]
             ask.answer(ask.grants)
         return math.inf
 
@@ -224,7 +228,8 @@ class LeasedPacer(Pacer):
         self.asks, self.tells, self.wake = asks, tells, wake
         self.pool: deque[tuple[float, Grant]] = deque()  # with the end of their validity
         self.blocked: Cost | None = None  # of the request at the head of the line, if no grant fits
-        self.portion, self.closed = 1, False
+        self.portion, self.asked, self.closed = LANES, 0, False
+        self.sought: Cost | None = None  # what is asked for already on account of `blocked`
         self.finished: list[Finished] = []
         self.unused: list[int] = []
 
@@ -247,7 +252,7 @@ class LeasedPacer(Pacer):
         """Give back what was not used in time."""
         while self.pool and self.pool[0][0] <= now:
             self.unused.append(self.pool.popleft()[1].number)
-            self.portion = max(1, self.portion // 2)
+            self.portion = max(LANES, self.portion // 2)
             self.tells()
 
     def start(self, cost: Cost, _now: float) -> Any:
@@ -272,10 +277,14 @@ class LeasedPacer(Pacer):
     def wanted(self, now: float) -> list[Want]:
         """What to ask for now: the request that waits, and the next ones; none once it is closed."""
         self.drop_late(now)
+        room = min(self.portion, self.most - self.in_flight) - len(self.pool) - self.asked
         if self.closed or self.in_flight >= self.most:
             return []
-        costs = [self.blocked] if self.blocked else []
-        costs += self.upcoming(max(0, min(self.portion, self.most - self.in_flight) - len(self.pool) - len(costs)))
+        costs = [self.blocked] if self.blocked and self.blocked != self.sought else []
+        self.sought = self.blocked
+        number = max(0, min(room, self.portion // LANES) - len(costs))
+        costs += self.upcoming(self.asked + number)[self.asked :]  # the other lane has asked for those before
+        self.asked += len(costs)
         # What is learned until it starts may raise the cost a little; the end of the attempt settles it.
         return [Want(c.expected + c.expected // 20 + 8, c.worst + c.worst // 20 + 8, self.price(c)) for c in costs]
 
@@ -283,6 +292,7 @@ class LeasedPacer(Pacer):
         """Keep what was granted of an ask of so many; ask for more the next time if it is used up at once."""
         if grants and len(grants) == asked and self.blocked and not self.pool:
             self.portion = min(MOST_AT_ONCE, 2 * self.portion)
+        self.asked, self.sought = self.asked - asked, None
         self.pool += [(asked_at + LEASE_SECONDS, grant) for grant in grants]
         self.wake()
 
