@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import os
 import re
@@ -219,8 +220,8 @@ class Driver:
     async def find_work(self) -> bool:
         """Read until there is something to do; false if there is nothing."""
         while not (self.ended or self.waiting):
-            self.cut_shard(self.run.clock())
-            await asyncio.sleep(0)
+            found = self.cut_shard(self.run.clock())
+            await asyncio.sleep(0 if found else 0.01)
         return bool(self.waiting)
 
     async def drive(self, machines: Machines) -> None:
@@ -299,8 +300,8 @@ class Driver:
     def take_in(self, slot: Slot, report: Report) -> None:
         """Take in what a worker reports."""
         for level, text in report.logs:
-            if text not in self.told:  # all workers say the same about what is wrong with the provider
-                self.told.add(text)
+            if level < logging.INFO or text not in self.told:  # all say the same about what is wrong
+                self.told.update([text] if level >= logging.INFO else [])
                 LOGGER.log(level, "%s", text)
         found: dict[int, dict[int, bytes]] = {}
         for line, result in report.results:

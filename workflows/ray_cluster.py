@@ -227,6 +227,10 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError("--num_workers: give a number from 0 up; 0 = one on every node")
     if "://" in settings.requests_filepath and not (settings.save_filepath or settings.dry_run):
         raise UsageError("requests come from elsewhere: say with --save_filepath where the results go on this machine")
+    if address.startswith("ray://"):
+        raise UsageError("--ray_address ray:// is no place to run from: start this on a node, or with `ray job submit`")
+    if not settings.dry_run:
+        optional("ray")  # before anything is touched
     level = settings.logging_level.upper()
     LOGGER.setLevel(max(1, int(level)) if level.isdecimal() else level)
     with asyncio.Runner(loop_factory=getattr(getattr(processor, "uvloop", None), "new_event_loop", None)) as runner:
