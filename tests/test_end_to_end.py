@@ -368,6 +368,7 @@ def test_two_processes_on_one_results_file(provider: ProviderProcess, job: Path,
     write_lines(job, chats(30))
     first = start(job, provider.url + CHAT, *FAST, "--max_concurrent_requests", "5")
     until(lambda: count(results) >= 5, first)
+    provider.ask("/_control", {"latency": 600})  # it will not end before the others, however slow they start
     second = run_program(job, provider.url + CHAT, *FAST)
     restart = run_program(job, provider.url + CHAT, *FAST, "--restart")
     assert (second.returncode, restart.returncode) == (2, 2)
