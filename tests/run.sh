@@ -47,4 +47,4 @@ set -x
 # shellcheck disable=SC2086 # a list of paths
 "$python" -m mypy --strict $typed
 "$python" -m mypy --strict --no-strict-equality --no-warn-unreachable tests # pytest.approx equals what mypy thinks it cannot
-"$python" -m pytest "$@"
+"$python" -m pytest --numprocesses auto --maxprocesses 4 "$@"
