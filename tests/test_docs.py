@@ -458,7 +458,7 @@ def test_flags_of_workflows_are_in_their_help(
 
 def test_what_is_said_about_batches() -> None:
     """Commands, providers, savings, and the number of requests that is too few."""
-    text = section("Workflows").partition("### provider_batch")[2]
+    text = section("Workflows").partition("### provider_batch")[2].partition("\n### ")[0]
     [choices] = [action.choices for action in provider_batch.build_parser()._actions if action.dest == "command"]
     assert [code(name)[0] for name, _ in rows(text, "command")] == list(choices or ())
     rows_of_it = {name: row for name, row in _batch_providers.TRANSPORTS.items() if "/" not in name and name != "local"}
