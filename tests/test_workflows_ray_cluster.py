@@ -656,16 +656,12 @@ def real_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     with tempfile.TemporaryDirectory(prefix="ray.", dir="/tmp", ignore_cleanup_errors=True) as folder:  # a short name
-        args: dict[str, Any] = {
-            "num_cpus": 0,
-            "include_dashboard": False,
-            "temp_dir": folder,
-            "object_store_memory": 80 << 20,
-        }
-        cluster: Any = Cluster(initialize_head=True, head_node_args=args)
+        monkeypatch.setenv("RAY_TMPDIR", folder)  # subtle: the address of the cluster would be kept elsewhere otherwise
+        Path(folder, "ray").mkdir()
+        args: dict[str, Any] = {"num_cpus": 0, "object_store_memory": 80 << 20}
+        cluster: Any = Cluster(initialize_head=True, head_node_args=args | {"include_dashboard": False})
         try:
             cluster.folder = Path(folder)
-            del args["temp_dir"], args["include_dashboard"]
             cluster.workers = [cluster.add_node(**args | {"num_cpus": 2}) for _ in range(2)]
             yield cluster
         finally:
