@@ -37,6 +37,12 @@ more_flags=''                     # others, such as '--max_attempts 3 --save_det
 #max_requests_per_minute=500
 #max_tokens_per_minute=200000
 
+# OpenAI, completions
+#request_url='https://api.openai.com/v1/completions'
+#requests_filepath='requests/openai_completions.jsonl'
+#max_requests_per_minute=500
+#max_tokens_per_minute=90000
+
 # Aliyun Qwen, native text generation (limits hold per second too: a sixtieth of the minute's; abroad: dashscope-intl)
 #request_url='https://dashscope.aliyuncs.com/api/v1/services/aigc/text-generation/generation'
 #api_key_env='DASHSCOPE_API_KEY'
