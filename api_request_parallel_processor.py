@@ -100,11 +100,11 @@ __version__ = "0.1.0"
 __all__ = [
     "IDENTITY_BYTES", "LOGGER", "MOST_CONCURRENT", "PROVIDERS", "Action", "ConsoleHandler", "Cost", "Endpoint",
     "LearnedTokens", "Outcome", "Pacer", "Reader", "Reply", "Reporter", "Request", "ResultsFile", "ResultsLost", "Run",
-    "Secrets", "ServerLimits", "Settings", "Tally", "Tokenizer", "UsageError", "build_parser", "complain", "dumps",
-    "duration", "each_endpoint", "error_words", "estimate_text", "estimate_tokens", "explain", "find_provider",
-    "find_shape", "hear_signals", "identity", "judge", "likely_mistake", "loads", "locked", "make_endpoint",
-    "one_line", "open_files_for", "parse_line", "process_api_requests_from_file", "read_bounded", "read_limits",
-    "read_result", "read_usage", "refuse_open_batches", "retry_delay", "run_job", "summarize"]  # fmt: skip
+    "Secrets", "ServerLimits", "Settings", "Tally", "Tokenizer", "UsageError", "build_parser", "complain", "conclude",
+    "dumps", "duration", "each_endpoint", "error_words", "estimate_text", "estimate_tokens", "explain", "find_provider",
+    "find_shape", "hear_signals", "identity", "judge", "likely_mistake", "loads", "locked", "make_endpoint", "one_line",
+    "open_files_for", "parse_line", "process_api_requests_from_file", "read_bounded", "read_limits", "read_result",
+    "read_usage", "refuse_open_batches", "retry_delay", "run_job"]  # fmt: skip
 
 STATIONS = ("read", "estimate", "pace", "send", "judge", "record", "report")
 LOGGER = logging.getLogger("api_request_parallel_processor")
@@ -304,8 +304,6 @@ class Run:
                 if not self.in_flight:
                     self.stop("max_cost", f"Spent {spent:,.4f}, one more may exceed --max_cost. Raise it to go on.")
                 return self.endpoints[0], math.inf
-        if len(self.endpoints) == 1:  # only for speed
-            return self.endpoints[0], max(self.endpoints[0].pacer.delay(cost, now), self.endpoints[0].outage.delay(now))
         ranks = []
         for index, endpoint in enumerate(self.endpoints):
             delay = max(endpoint.pacer.delay(cost, now), endpoint.outage.delay(now))
@@ -1909,13 +1907,12 @@ def expected_cost(settings: Settings, url: str, models: dict[str, list[int]]) ->
     if settings.input_price or settings.output_price:
         return f" Expected cost: {sum(settings.price(*sums[1:]) for sums in models.values()):,.4f}."
     try:
-        from genai_prices import Usage as Tokens
-        from genai_prices import calc_price
+        import genai_prices as list_prices
 
         cost = 0.0
         for model, (times, prompt, output) in models.items():  # a price may depend on the size of a request
-            mean = Tokens(input_tokens=prompt // times, output_tokens=output // times)
-            cost += times * float(calc_price(mean, model, provider_api_url=url).total_price)
+            mean = list_prices.Usage(input_tokens=prompt // times, output_tokens=output // times)
+            cost += times * float(list_prices.calc_price(mean, model, provider_api_url=url).total_price)
     except ImportError:
         return ""
     except LookupError as error:
@@ -1992,17 +1989,22 @@ async def run_job(settings: Settings, *, main_program: bool = False) -> Tally:
             for _, task in run.in_flight.values():
                 task.cancel()
             await asyncio.gather(*(task for _, task in run.in_flight.values()), return_exceptions=True)
-        try:
-            results.finish(whole=not run.stopped_by, limited=settings.limit > 0)
-        except ResultsLost as lost:
-            run.stop("results", str(lost))
-        tally = run.tally
-        tally.seconds = time.monotonic() - began
-        tally.exit_code = 128 + run.signal if run.signal else 3 if run.stopped_by else 1 if tally.failed else 0
-        run.reporter.close()
-        for line in summarize(run):
-            LOGGER.info("%s", line)
-        return tally
+        return conclude(run, began)
+
+
+def conclude(run: Run, began: float) -> Tally:
+    """End the results file of a run and tell the summary; gives the tally. began: by time.monotonic."""
+    try:
+        run.results.finish(whole=not run.stopped_by, limited=run.settings.limit > 0)
+    except ResultsLost as lost:
+        run.stop("results", str(lost))
+    tally = run.tally
+    tally.seconds = time.monotonic() - began
+    tally.exit_code = 128 + run.signal if run.signal else 3 if run.stopped_by else 1 if tally.failed else 0
+    run.reporter.close()
+    for line in summarize(run):
+        LOGGER.info("%s", line)
+    return tally
 
 
 def refuse_open_batches(settings: Settings) -> None:
@@ -2149,8 +2151,7 @@ async def dry_run(settings: Settings, reader: Reader, endpoints: list[Endpoint])
     tally.prompt_tokens, tally.output_tokens = (sum(sums[i] for sums in models.values()) for i in (1, 2))
     amounts, budgets = (tally.read, tally.prompt_tokens + tally.output_tokens), total_budgets(endpoints)
     minutes = max(amount / (budget or math.inf) for amount, budget in zip(amounts, budgets, strict=True))
-    takes = f"The limits given take {duration(minutes * 60)} for that"
-    takes = takes if any(budgets) else "No limits given: a run finds out"
+    takes = f"The limits given take {duration(minutes * 60)}" if any(budgets) else "No limits given: a run finds out"
     print(f"{tally.read:,} requests can be sent, {tally.bad_lines:,} lines cannot.")
     print(f"About {tally.prompt_tokens:,} tokens in and {tally.output_tokens:,} out (a guess until replies tell).")
     limits = {f"{endpoint.provider.name} limits {endpoint.provider.limits}": 0 for endpoint in endpoints}
@@ -2163,7 +2164,6 @@ class Repeatable(argparse.Action):
     """A flag that may be repeated: its values, separated by spaces."""
 
     def __call__(self, _: Any, namespace: argparse.Namespace, value: Any, __: Any = None) -> None:
-        """Add one value."""
         known = getattr(namespace, self.dest)
         setattr(namespace, self.dest, value if known is self.default else f"{known} {value}")
 

@@ -32,7 +32,6 @@ import api_request_parallel_processor as processor
 from api_request_parallel_processor import (
     LOGGER,
     Reporter,
-    ResultsLost,
     Run,
     Secrets,
     Settings,
@@ -41,12 +40,12 @@ from api_request_parallel_processor import (
     UsageError,
     build_parser,
     complain,
+    conclude,
     each_endpoint,
     hear_signals,
     make_endpoint,
     refuse_open_batches,
     run_job,
-    summarize,
 )
 from workflows._ray_actors import Budgets, Worker, clock
 from workflows._ray_driver import Driver, JoinedResults, ShardReader, ShownPacer
@@ -190,17 +189,7 @@ async def run_cluster(settings: Settings, workers: int, address: str) -> Tally:
             await driver.drive(cluster)
         else:
             driver.look(clock())
-        try:
-            results.finish(whole=not run.stopped_by, limited=settings.limit > 0)
-        except ResultsLost as lost:
-            run.stop("results", str(lost))
-        tally = run.tally
-        tally.seconds = time.monotonic() - began
-        tally.exit_code = 128 + run.signal if run.signal else 3 if run.stopped_by else 1 if tally.failed else 0
-        run.reporter.close()
-        for line in summarize(run):
-            LOGGER.info("%s", line)
-        return tally
+        return conclude(run, began)
 
 
 def new_parser() -> argparse.ArgumentParser:
