@@ -260,10 +260,8 @@ class Run:
 
     async def wait(self, until: float) -> None:
         """Sleep until a reply, a line or a signal wakes the loop, at the latest `until`: the one place that waits."""
-        seconds = until - self.clock()
-        if seconds > 0:
-            seconds = max(seconds, SHORTEST_WAIT)  # subtle: uvloop rounds less to nothing, and the loop would spin
-        timer = asyncio.get_running_loop().call_later(max(seconds, 0), self.wake.set)
+        seconds = max(0.0, until - self.clock())  # subtle: uvloop rounds less than the shortest to nothing, and spins
+        timer = asyncio.get_running_loop().call_later(seconds and max(seconds, SHORTEST_WAIT), self.wake.set)
         await self.wake.wait()
         self.wake.clear()
         timer.cancel()
@@ -280,7 +278,7 @@ class Run:
             if (request := self.reader.next(now)) is None:
                 return None
             self.tally.read += 1
-            if self.results.take(request.identity):
+            if self.results.resumed and self.results.take(identity(request.body, request.metadata)):
                 self.tally.finished_before += 1
             elif not request.problem:
                 self.reader.estimate(request)
@@ -493,7 +491,6 @@ class Request:
     line: int  # physical line number, from 1
     body: Any  # what is sent, without metadata; the raw text of a line that cannot be sent
     metadata: Any
-    identity: bytes
     problem: str  # why it cannot be sent
     model: str
     estimate: Estimate | None = None
@@ -629,7 +626,7 @@ def parse_line(number: int, raw: bytes, endpoint: Endpoint) -> Request:
         body, problem = kept.decode(errors="backslashreplace").strip(), str(error)
     problem = f"line {number}: {problem}" if problem else ""
     model = only(str, only(dict, body).get("model"))
-    return Request(number, body, metadata, identity(body, metadata), problem, model)
+    return Request(number, body, metadata, problem, model)
 
 
 # ==== 2 estimate: tokens it will be charged ===========================================================================
@@ -1209,9 +1206,11 @@ class Endpoint:
         elif body.get("stream") is True and self.provider.asks_usage:  # the user's line stays
             body = {**body, "stream_options": {"include_usage": True, **only(dict, body.get("stream_options"))}}
         reply, raw, data = Reply(), bytearray(), dumps(body)
-        large = io.BytesIO(data) if len(data) > LARGE_BODY else data
+        content = (
+            io.BytesIO(data) if len(data) > LARGE_BODY else aiohttp.BytesPayload(data)
+        )  # given, it is not searched for
         try:
-            async with self.session.post(self.url, data=large, allow_redirects=False, proxy=self.proxy) as response:
+            async with self.session.post(self.url, data=content, allow_redirects=False, proxy=self.proxy) as response:
                 reply.status, reply.headers = response.status, response.headers
                 packed = reply.headers.get("Content-Encoding", "identity") != "identity"
                 unpacker = zlib.decompressobj(ZLIB_OR_GZIP) if packed else None
@@ -1645,6 +1644,7 @@ class ResultsFile:
                 self.notices.append(f"The former results are kept as {former}.")
             self._file = stack.enter_context(open(self.path, "a+b", buffering=0, opener=PRIVATE))
             self._size = self._old_size = self._read()
+            self.resumed = self._old_size > 0  # else nothing can be finished
             with contextlib.suppress(OSError):
                 self.path.chmod(0o600)
                 Path(f"{self.path}.rewrite").unlink()
@@ -2357,10 +2357,10 @@ def find_shape(path: str, provider: Provider) -> str:
 def check_request(body: dict[str, Any], shape: str, provider: Provider) -> str:
     """Why the endpoint cannot mean this request; "" if it can."""
     row = SHAPES[shape]
-    need = next((name for name in row.needs if name in body), "")
+    need = next(filter(body.__contains__, row.needs), "")
     value = body.get(need)
     fits = isinstance(value, row.takes) and value not in ([], {})
-    if not fits or (row.takes is list and not all(isinstance(item, dict) for item in only(list, value))):
+    if not fits or (row.takes is list and {*map(type, only(list, value))} != {dict}):
         fitting = (r for r in SHAPES.values() if isinstance(body.get(r.needs[0]), r.takes) and r is not row)
         other = next((other.paths.split()[0][1:] for other in fitting), "")
         looks = f"; this looks like a request for {other}" if other else ""

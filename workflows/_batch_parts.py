@@ -78,7 +78,8 @@ class Writer:
 
     def add(self, request: Request, body: bytes, own_body: bytes) -> None:
         """Append a request. own_body: as the user wrote it, if the provider gets another."""
-        line = self.line % (self.part.requests, request.identity.hex().encode(), body)
+        key = identity(request.body, request.metadata).hex().encode()
+        line = self.line % (self.part.requests, key, body)
         self.part.bytes += self.upload.write(line)
         metadata = dumps(request.metadata)
         self.metadata.write(b"%b\t%b\n" % (metadata, own_body) if own_body else metadata + b"\n")
@@ -168,16 +169,17 @@ def split(
     recorded = set(results.failed)  # before `take` forgets them
     for request in requests:
         plan.read += 1
-        if results.take(request.identity):
+        key = identity(request.body, request.metadata)
+        if results.take(key):
             plan.finished += 1
-        elif waiting and waiting[request.identity] > 0:
-            waiting[request.identity] -= 1
+        elif waiting and waiting[key] > 0:
+            waiting[key] -= 1
             plan.open += 1
-        elif not request.problem and request.identity in failed:
+        elif not request.problem and key in failed:
             plan.failed_before += 1
         elif problem := request.problem or splitter.add(request):
             plan.unfit += 1
-            if request.identity not in recorded:
+            if key not in recorded:
                 kind = "bad_line" if request.problem else "bad_request"
                 message = problem if request.problem else f"line {request.line}: {problem}"
                 error = {"attempt": 0, "kind": kind, "status": None, "message": message, "batch": ""}
@@ -207,7 +209,8 @@ def room_for(
     in_file: the request file. What is no longer in it is wanted as often as the part holds it.
     """
     held = Counter(identities(ledger, part, line_frame(target.for_model(part.model))))
-    wanted = held | Counter(request.identity for request in in_file if request.identity in held)
+    keys = (identity(request.body, request.metadata) for request in in_file)
+    wanted = held | Counter(key for key in keys if key in held)
     for key in wanted:
         while wanted[key] and results.take(key):
             wanted[key] -= 1

@@ -178,11 +178,8 @@ class Outbox(ResultsFile):
 
     def __init__(self, filled: Callable[[], object]) -> None:
         self.filled, self.line, self.bytes = filled, 0, 0  # line: of the request that is recorded
+        self.resumed = False  # nothing is finished that was handed over
         self.results: list[tuple[int, bytes]] = []
-
-    def take(self, _identity: bytes) -> bool:
-        """Nothing is finished that was handed over."""
-        return False
 
     def write(self, body: Any, outcome: Any, metadata: Any = None, details: Any = None) -> None:
         """Queue one result line."""

@@ -68,6 +68,7 @@ class JoinedResults(ResultsFile):
                     if result and result[1]:
                         self.left_behind.setdefault(result[0], []).append((shard, place))
                     place += len(line)
+        self.resumed = self.resumed or bool(self.left_behind)
 
     def take(self, identity: bytes) -> bool:
         """Whether this request is finished already, here or in a shard that was left behind."""
@@ -389,9 +390,7 @@ class Driver:
         since = math.inf if run.tally.succeeded > self.last_success else run.trouble_since
         run.trouble_since = min(since, now) if any(report.troubled for report in reports) else math.inf
         self.last_success = run.tally.succeeded
-        oldest = Request(
-            0, None, None, b"", "", "", started=now - max([report.oldest for report in reports], default=0.0)
-        )
+        oldest = Request(0, None, None, "", "", started=now - max([report.oldest for report in reports], default=0.0))
         in_flight = range(sum(report.in_flight for report in reports))
         run.in_flight = dict.fromkeys(in_flight, (oldest, None))  # type: ignore[arg-type]
         run.retries = [(now, 0, oldest)] * sum(report.waiting for report in reports)
