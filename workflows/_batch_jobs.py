@@ -311,7 +311,7 @@ class Jobs:
             return None
         path = Path(self.requests_path)
         requests = requests_of(path, self.client.endpoint) if path.is_file() else iter(())
-        return room_for(part, self.ledger, self.target, results, requests)
+        return room_for(part, self.ledger, results, requests)
 
 
 @dataclass
@@ -331,8 +331,7 @@ class Collector:
 
     async def run(self) -> bool:
         """Record everything; False if nothing in the output is ours."""
-        frame = providers.line_frame(self.jobs.row(self.part))
-        with Requests(self.jobs.ledger, self.part, frame) as self.requests:
+        with Requests(self.jobs.ledger, self.part) as self.requests:
             self.seen = bytearray(len(self.requests))
             for number, line in enumerate(self.job.inline):
                 self.take(line, number)
@@ -385,8 +384,7 @@ class Collector:
     def take(self, line: Any, place: int) -> None:
         """Take one line of the output; `place` is its number where that tells what it answers, else -1."""
         custom_id, reply, error = providers.read_output(line, self.jobs.target.transport.family)
-        tag, _, rest = custom_id.partition("-")
-        digits = rest.partition("-")[0]
+        tag, _, digits = custom_id.partition("-")
         number = int(digits) if tag == self.part.tag and digits.isdecimal() else place if not custom_id else -1
         if not 0 <= number < len(self.seen):
             self.strangers += 1
@@ -429,16 +427,18 @@ class Collector:
         if failed and self.room is not None and not late:
             self.late.append((number, outcome))
             return
-        key, body, metadata = self.requests.read(number)
-        self.results.failed.discard(key)  # its failed lines of earlier are replaced
-        if self.room is not None:
-            if not self.room[key]:
-                return
-            self.room[key] -= 1
+        if self.room is not None or self.results.failed:
+            key = self.requests.identity(number)
+            self.results.failed.discard(key)  # its failed lines of earlier are replaced
+            if self.room is not None:
+                if not self.room[key]:
+                    return
+                self.room[key] -= 1
         self.succeeded, self.failed = self.succeeded + (not failed), self.failed + failed
-        tail = b"," + metadata if metadata != b"null" else b""
-        line = b"[%b,%b%b]\n" % (body, dumps(outcome), tail)
-        self.results.queue += line  # as `write` does, without parsing the body again
+        body, metadata = self.requests.read(number)
+        tail = (b",", metadata) if metadata != b"null" else ()
+        # as `write` does, without parsing the body again
+        self.results.queue += b"".join((b"[", body, b",", dumps(outcome), *tail, b"]\n"))
 
     def finish(self) -> None:
         """Give every request without a line its reason, or give it back if the batch was refused for other lines."""

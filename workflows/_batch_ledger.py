@@ -7,16 +7,18 @@ import os
 import shutil
 from array import array
 from dataclasses import asdict, dataclass, field, fields
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from api_request_parallel_processor import IDENTITY_BYTES, UsageError
+from api_request_parallel_processor import UsageError, identity, loads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-BLOCK = 1 << 20
-FILES = ("upload", "metadata")  # of a part: what the provider gets; metadata, and the body where it gets another
+# Of a part: what the provider gets; and for each of its lines one with the place of the body in it, its length, the
+# metadata, and the request's own body where the provider gets another. Between them are tabs: JSON has none here.
+FILES = ("upload", "metadata")
 # The life of a part. What is open may still cost money or be asked twice; the processor refuses to run beside it.
 PREPARED, UPLOADING, UPLOADED, SUBMITTING, SUBMITTED, COLLECTING, UNCLEAR = OPEN = (
     "prepared",  # split off; nothing has left this machine
@@ -153,23 +155,18 @@ def state_of(path: Path) -> tuple[int, int]:
 class Requests:
     """The requests of a part as the files of the part hold them: by number, read when asked for."""
 
-    def __init__(self, ledger: Ledger, part: Part, frame: tuple[bytes, bytes]) -> None:
-        """Open the files and find their lines. frame: what stands around the custom id in an uploaded line."""
-        self.before, self.between = map(len, frame)
-        self.offsets: list[array[int]] = []
-        for what in FILES:
-            offsets, at = array("Q", [0]), 0
-            with ledger.file(part, what).open("rb", buffering=BLOCK) as file:
-                for line in file:
-                    at += len(line)
-                    offsets.append(at)
-            self.offsets.append(offsets)
+    def __init__(self, ledger: Ledger, part: Part) -> None:
+        """Open the files; the metadata, which are small, are mapped into memory."""
         # subtle: outputs come in any order, so a buffer would be filled for every line
         self.upload = ledger.file(part, "upload").open("rb", buffering=0)
-        self.metadata = ledger.file(part, "metadata").open("rb", buffering=0)
+        with ledger.file(part, "metadata").open("rb") as file:
+            self.metadata = mmap(file.fileno(), 0, access=ACCESS_READ)
+        self.starts = array("Q", [0])
+        for line in iter(self.metadata.readline, b""):
+            self.starts.append(self.starts[-1] + len(line))
 
     def __len__(self) -> int:
-        return len(self.offsets[0]) - 1
+        return len(self.starts) - 1
 
     def __enter__(self) -> Self:
         return self
@@ -178,24 +175,22 @@ class Requests:
         self.upload.close()
         self.metadata.close()
 
-    def read(self, number: int) -> tuple[bytes, bytes, bytes]:
-        """Give identity, body and metadata of a request; the last two as JSON."""
-        ends, others = self.offsets
-        self.upload.seek(ends[number])
-        line: bytes = self.upload.read(ends[number + 1] - ends[number] - 2)
-        id_end = line.index(b'"', self.before)
-        self.metadata.seek(others[number])
-        metadata, _, own_body = self.metadata.read(others[number + 1] - others[number] - 1).partition(b"\t")
-        return identity_at(line, id_end), own_body or line[id_end + self.between :], metadata
+    def read(self, number: int) -> tuple[bytes, bytes]:
+        """Give body and metadata of a request as JSON."""
+        line = self.metadata[self.starts[number] : self.starts[number + 1] - 1]
+        at, size, metadata, body = line.split(b"\t")
+        if not body:
+            self.upload.seek(int(at))
+            body = self.upload.read(int(size))
+        return body, metadata
+
+    def identity(self, number: int) -> bytes:
+        """Give what a request is recognised by."""
+        body, metadata = self.read(number)
+        return identity(loads(body), loads(metadata))
 
 
-def identity_at(line: bytes, id_end: int) -> bytes:
-    """Give the identity with which a custom id ends."""
-    return bytes.fromhex(line[id_end - 2 * IDENTITY_BYTES : id_end].decode())
-
-
-def identities(ledger: Ledger, part: Part, frame: tuple[bytes, bytes]) -> Iterator[bytes]:
+def identities(ledger: Ledger, part: Part) -> Iterator[bytes]:
     """Give the identities of all requests of a part, in order."""
-    with ledger.file(part, "upload").open("rb", buffering=BLOCK) as file:
-        for line in file:
-            yield identity_at(line, line.index(b'"', len(frame[0])))
+    with Requests(ledger, part) as requests:
+        yield from map(requests.identity, range(len(requests)))

@@ -67,8 +67,7 @@ class Writer:
     def __post_init__(self) -> None:
         row = self.target.transport
         before, after = (text.replace(b"%", b"%%") for text in line_frame(self.target))
-        # the custom id names the request within the providers' rules (64 letters): part, number, what it is
-        self.line = before + self.part.tag.encode() + b"-%d-%b" + after + b"%b}\n"
+        self.head = before + self.part.tag.encode() + b"-%d" + after  # the custom id is the part and the number in it
         self.most_lines, self.most_bytes = row.lines, int(row.megabytes * 1e6) - FILE_SLACK
         self.most_body = int(min(row.line_megabytes or math.inf, row.megabytes) * 1e6) - FILE_SLACK - LINE_SLACK
 
@@ -76,13 +75,12 @@ class Writer:
         """Tell whether one more body of this size fits."""
         return self.part.requests < self.most_lines and self.part.bytes + size + LINE_SLACK <= self.most_bytes
 
-    def add(self, request: Request, body: bytes, own_body: bytes) -> None:
+    def add(self, body: bytes, metadata: bytes, own_body: bytes) -> None:
         """Append a request. own_body: as the user wrote it, if the provider gets another."""
-        key = identity(request.body, request.metadata).hex().encode()
-        line = self.line % (self.part.requests, key, body)
-        self.part.bytes += self.upload.write(line)
-        metadata = dumps(request.metadata)
-        self.metadata.write(b"%b\t%b\n" % (metadata, own_body) if own_body else metadata + b"\n")
+        head = self.head % self.part.requests
+        place = self.part.bytes + len(head)
+        self.part.bytes += self.upload.write(b"".join((head, body, b"}\n")))
+        self.metadata.write(b"%d\t%d\t%b\t%b\n" % (place, len(body), metadata, own_body))
         self.part.requests += 1
 
 
@@ -114,7 +112,7 @@ class Splitter:
         if not writer.fits(len(body)):
             self.close(writer)
             writer = self.open(model)
-        writer.add(request, body, dumps(request.body) if sent is not request.body else b"")
+        writer.add(body, dumps(request.metadata), dumps(request.body) if sent is not request.body else b"")
         return ""
 
     def open(self, model: str) -> Writer:
@@ -164,13 +162,14 @@ def split(
 
     resubmit: send again what failed in an earlier batch.
     """
-    plan, waiting = splitter.plan, open_identities(splitter.ledger, splitter.target)
+    plan, waiting = splitter.plan, open_identities(splitter.ledger)
     failed = set() if resubmit else failed_in_batches(results.path)
     recorded = set(results.failed)  # before `take` forgets them
+    known = results.resumed or bool(waiting)  # else no request can have been met before
     for request in requests:
         plan.read += 1
-        key = identity(request.body, request.metadata)
-        if results.take(key):
+        key = identity(request.body, request.metadata) if known else b""
+        if known and results.take(key):
             plan.finished += 1
         elif waiting and waiting[key] > 0:
             waiting[key] -= 1
@@ -193,22 +192,20 @@ def split(
     splitter.finish()
 
 
-def open_identities(ledger: Ledger, target: Target) -> Counter[bytes]:
+def open_identities(ledger: Ledger) -> Counter[bytes]:
     """What open jobs hold, as often as they hold it."""
     found: Counter[bytes] = Counter()
     for part in ledger.open_parts():
-        found.update(identities(ledger, part, line_frame(target.for_model(part.model))))
+        found.update(identities(ledger, part))
     return found
 
 
-def room_for(
-    part: Part, ledger: Ledger, target: Target, results: ResultsFile, in_file: Iterator[Request]
-) -> Counter[bytes]:
+def room_for(part: Part, ledger: Ledger, results: ResultsFile, in_file: Iterator[Request]) -> Counter[bytes]:
     """How many result lines are still wanted for each request of a part: as many as it occurs, without its successes.
 
     in_file: the request file. What is no longer in it is wanted as often as the part holds it.
     """
-    held = Counter(identities(ledger, part, line_frame(target.for_model(part.model))))
+    held = Counter(identities(ledger, part))
     keys = (identity(request.body, request.metadata) for request in in_file)
     wanted = held | Counter(key for key in keys if key in held)
     for key in wanted:
