@@ -37,17 +37,12 @@ import argparse
 import asyncio
 import base64
 import codecs
-import collections
 import contextlib
-import dataclasses
-import enum
-import functools
 import gc
 import gzip
 import hashlib
 import heapq
 import importlib.util
-import io
 import ipaddress
 import json
 import logging
@@ -69,12 +64,12 @@ import urllib.request
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from enum import Enum
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import lru_cache, partial
 from io import BytesIO
 from itertools import accumulate, chain, islice
 from pathlib import Path
@@ -756,7 +751,7 @@ class Tokenizer:
 
     def __init__(self, encoding_name: str = "auto") -> None:
         self.exact, self._name = True, encoding_name
-        self.counter: Callable[[str], Callable[[str], int]] = functools.lru_cache(99)(self._load)  # of a model
+        self.counter: Callable[[str], Callable[[str], int]] = lru_cache(99)(self._load)  # of a model
         if tiktoken and encoding_name not in (names := ["auto", *tiktoken.list_encoding_names()]):
             raise UsageError(f"--token_encoding_name {encoding_name} is not one of {', '.join(names)}.")
 
@@ -771,7 +766,7 @@ class Tokenizer:
             LOGGER.warning("Tokens are estimated; `pip install tiktoken bpe-openai` makes the counts exact.")
             self.exact, self.counter = False, lambda _: estimate_text
             return estimate_text
-        short = functools.lru_cache(64)(lambda text: len(encode(text)))  # a job's requests share a system prompt
+        short = lru_cache(64)(lambda text: len(encode(text)))  # a job's requests share a system prompt
         pieces = re.compile("(?s).{1,100000}").findall  # it panics on a million spaces
         return lambda text: short(text) if len(text) < 20_000 else sum(map(len, map(encode, pieces(text))))
 
@@ -855,10 +850,10 @@ PACE_QUICK = 0.05  # seconds of latency in which no queue is looked for: a busy 
 PACE_CHANCE, PACE_SERIES = 0.3, 40  # share of refusals, starts between two: see _is_chance
 PACE_FREE = 1e12  # "no limit known": a number, since inf * 0 is none
 _Told = ServerLimits | None
-Outcome = enum.Enum("Outcome", "ACCEPTED REFUSED FAILED")  # FAILED: no reply or 5xx, says nothing about the rate
+Outcome = Enum("Outcome", "ACCEPTED REFUSED FAILED")  # FAILED: no reply or 5xx, says nothing about the rate
 
 
-@dataclasses.dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Bin:
     """Starts of about one moment together, so that a minute takes little memory at any rate."""
 
@@ -867,7 +862,7 @@ class _Bin:
     held: list[int]  # amounts as in Ticket
 
 
-@dataclasses.dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Ticket:
     """One started attempt; amounts are (requests, tokens expected and later settled, tokens at worst)."""
 
@@ -878,7 +873,7 @@ class Ticket:
     bin: _Bin
 
 
-@dataclasses.dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Limit:
     """A learned limit: on what is in flight, or on the starts a second in one currency that a server may count."""
 
@@ -886,7 +881,7 @@ class _Limit:
     top: float = PACE_FREE
     hold: float = 1.0  # seconds until it may be raised again; longer each time that failed
     quiet_until: float = 0.0
-    trail: list[float] = dataclasses.field(default_factory=list)  # values before each step of this raise
+    trail: list[float] = field(default_factory=list)  # values before each step of this raise
     minute: float = PACE_FREE  # the budget: the user's, or a lower one that the server tells
     ceiling: float = PACE_FREE  # what may start in any minute
     level: float = 0.0  # what may start at once; below 0: wait
@@ -916,7 +911,7 @@ class Pacer:
         self.in_flight, self.paused_until, self._most = 0, -math.inf, max_concurrent or math.inf
         self._gap, self._slow_start, self._ramping = min_gap_seconds, True, not (per_second and requests_per_minute)
         self._now = self._ticked = self._cut = self._mark_at = self._last = self._blamed = -math.inf
-        self._starts, self._capped, self._barren = collections.deque[_Bin](), concurrency_hint > 0, 0
+        self._starts, self._capped, self._barren = deque[_Bin](), concurrency_hint > 0, 0
         self._rates, self._window = (_Limit(), _Limit(), _Limit()), _Limit(concurrency_hint or PACE_FREE)
         self._rates[0].value = PACE_FREE if requests_per_minute else 10.0
         self._bound: tuple[_Limit | None, _Limit | None] = (None, None)  # what binds since the last tick, and before it
@@ -1206,9 +1201,7 @@ class Endpoint:
         elif body.get("stream") is True and self.provider.asks_usage:  # the user's line stays
             body = {**body, "stream_options": {"include_usage": True, **only(dict, body.get("stream_options"))}}
         reply, raw, data = Reply(), bytearray(), dumps(body)
-        content = (
-            io.BytesIO(data) if len(data) > LARGE_BODY else aiohttp.BytesPayload(data)
-        )  # given, it is not searched for
+        content = BytesIO(data) if len(data) > LARGE_BODY else aiohttp.BytesPayload(data)
         try:
             async with self.session.post(self.url, data=content, allow_redirects=False, proxy=self.proxy) as response:
                 reply.status, reply.headers = response.status, response.headers
@@ -2053,8 +2046,8 @@ def each_endpoint(settings: Settings) -> list[Settings]:
     endpoints = []
     for url, variable, *limits in rows:
         requests, tokens = [*map(float, limits), *settings.budgets[len(limits) :]]
-        one = dataclasses.replace(settings, request_url=url, api_key_env=variable.removeprefix("-"))
-        endpoints.append(dataclasses.replace(one, max_requests_per_minute=requests, max_tokens_per_minute=tokens))
+        one = replace(settings, request_url=url, api_key_env=variable.removeprefix("-"))
+        endpoints.append(replace(one, max_requests_per_minute=requests, max_tokens_per_minute=tokens))
     return endpoints
 
 
