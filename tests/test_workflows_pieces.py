@@ -44,6 +44,31 @@ def test_csv_delimiters_line_ends_and_blank_lines(tmp_path: Path, delimiter: str
 
 
 def test_csv_fields_may_be_long(tmp_path: Path) -> None:
+def test_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
+    """Empty fields beyond the names and lines above them do no harm; of equal names the first keeps its name."""
+    path = tmp_path / "q.csv"
+    path.write_text("\n;;\nid;question;question\n1;a,b;;;\n2;c;d\n", "utf-8")
+    first, second = _files.read_rows(path, ("id", "question"))
+    assert first == {"id": "1", "question": "a,b", "question.1": ""}
+    assert second == {"id": "2", "question": "c", "question.1": "d"}
+
+
+def test_utf8_that_breaks_off_is_not_read_as_gbk(tmp_path: Path) -> None:
+    """A file whose text was UTF-8 up to a line is told by that line, instead of asking about gibberish."""
+    path = tmp_path / "q.csv"
+    path.write_bytes(f"id,question\n1,{'什么是人工智能' * 4}\n2,如何".encode()[:-1])
+    with pytest.raises(UsageError, match="line 3: this is no UTF-8"):
+        list(_files.read_rows(path))
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.xlsx"])
+def test_files_that_are_no_rows_are_not_read_as_text(tmp_path: Path, name: str) -> None:
+    """A JSON array or a workbook is refused; its lines would be sent as prompts otherwise."""
+    (tmp_path / name).write_text('[{"text": "a"}]', "utf-8")
+    with pytest.raises(UsageError, match=r"\.csv, \.tsv or \.jsonl"):
+        list(_files.read_rows(tmp_path / name))
+
+
     """A field longer than Python's default limit is read whole."""
     path = tmp_path / "q.csv"
     path.write_text("id,question\n1," + "x" * 300_000, "utf-8")
@@ -77,6 +102,9 @@ def test_rows_of_jsonl_and_text(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="line 2"):
         list(_files.read_rows(tmp_path / "b.jsonl"))
 
+    for encoding in ("gbk", "utf-16"):
+        (tmp_path / "c.jsonl").write_text('{"a": "二"}\n', encoding)
+        assert list(_files.read_rows(tmp_path / "c.jsonl")) == [{"a": "二"}]
 
 def test_template() -> None:
     """Fields are filled in, double braces are braces, numbers and objects are written as JSON."""
@@ -94,6 +122,13 @@ def test_template_refuses_braces_that_mean_nothing(text: str) -> None:
 
 
 def test_table_for_a_spreadsheet(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["Classify.", "Classify {{text}}."])
+def test_template_needs_a_placeholder(text: str) -> None:
+    """Without one, or with that of other template languages, every row would be asked the same."""
+    with pytest.raises(UsageError, match="no placeholder"):
+        _files.compile_template(text)
+
+
     """With excel a CSV has a BOM and formulas are text; numbers stay numbers."""
     rows: list[_files.Row] = [
         {"id": -1, "answer": "=1+1"},
@@ -126,6 +161,22 @@ def test_foreign_files_are_not_replaced(tmp_path: Path) -> None:
 
 
 # ---- configs ---------------------------------------------------------------------------------------------------------
+def test_outputs_of_other_results_are_kept(tmp_path: Path) -> None:
+    """An output that was there before the results, such as an old script's, is renamed; one of these results is not."""
+    (tmp_path / "t.csv").write_text("id,old", "utf-8")
+    (tmp_path / "t.jsonl").touch()
+    for name in ("t.csv", "t.jsonl", "none.csv"):
+        _files.keep_older(tmp_path / name, tmp_path / "results.jsonl")
+    [older] = tmp_path.glob("t.*Z.csv")
+    assert older.read_text("utf-8") == "id,old"
+    assert not (tmp_path / "t.csv").exists()
+    assert (tmp_path / "t.jsonl").exists()
+    older.rename(tmp_path / "t.csv")
+    (tmp_path / "results.jsonl").touch()
+    _files.keep_older(tmp_path / "t.csv", tmp_path / "results.jsonl")
+    assert (tmp_path / "t.csv").exists()
+
+
 
 
 def test_json_config_with_comments(tmp_path: Path) -> None:

@@ -9,7 +9,10 @@ import os
 import re
 import string
 import tempfile
+import unicodedata
+from datetime import UTC, datetime
 from difflib import get_close_matches
+from itertools import zip_longest
 from typing import IO, TYPE_CHECKING, Any
 
 from api_request_parallel_processor import LOGGER, UsageError, dumps, loads
@@ -24,6 +27,10 @@ LONGEST_FIELD = 2**31 - 1  # of a CSV field; what Python takes on every system
 FORMULA_STARTS = tuple("=+-@\t\r")
 JSON_ROWS = (".jsonl", ".ndjson")
 CSV_ROWS = (".csv", ".tsv")
+NO_TEXT = (".json", ".xlsx", ".xls", ".ods", ".parquet")  # not to be read as a text of one prompt a line
+BEYOND_ASCII = bytes(range(128, 256))
+MOST_BY_CHANCE = 24  # bytes beyond ASCII that a text in GBK may have before they are no UTF-8
+TOLD: set[Path] = set()  # files that are read as GBK
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -35,16 +42,34 @@ def encoding_of(path: Path) -> str:
         start = file.read(2)
     if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         return "utf-16"
-    for encoding in ("utf-8-sig", "gb18030"):
-        decoder = codecs.getincrementaldecoder(encoding)()
-        with contextlib.suppress(UnicodeDecodeError), opened(path) as file:
+    if (good := decodable(path, "utf-8-sig")) is None:
+        return "utf-8-sig"
+    if good[1] > MOST_BY_CHANCE:  # subtle: nearly any bytes can be read as GBK
+        raise UsageError(
+            f"{path}, line {good[0] + 1}: this is no UTF-8, as the text before it is; was the file cut off?"
+        )
+    if decodable(path, "gb18030") is not None:
+        raise UsageError(f"{path} is neither UTF-8 nor GBK: save it as UTF-8")
+    if path not in TOLD:
+        TOLD.add(path)
+        LOGGER.info("%s is no UTF-8: it is read as GBK", path)
+    return "gb18030"
+
+
+def decodable(path: Path, encoding: str) -> tuple[int, int] | None:
+    """None for a file that is in this encoding, else how many lines and bytes beyond ASCII stand before the mistake."""
+    decoder, lines, beyond = codecs.getincrementaldecoder(encoding)(), 0, 0
+    with opened(path) as file:
+        try:
             while block := file.read(BLOCK):
                 decoder.decode(block)
+                lines += block.count(b"\n")
+                beyond += len(block) - len(block.translate(None, BEYOND_ASCII))
             decoder.decode(b"", final=True)
-            if encoding == "gb18030":
-                LOGGER.info("%s is no UTF-8: it is read as GBK", path)
-            return encoding
-    raise UsageError(f"{path} is neither UTF-8 nor GBK: save it as UTF-8")
+        except UnicodeDecodeError as error:
+            before = error.object[: error.start]
+            return lines + before.count(b"\n"), beyond + len(before) - len(before.translate(None, BEYOND_ASCII))
+    return None
 
 
 def opened(path: Path) -> IO[bytes]:
@@ -70,6 +95,8 @@ def read_rows(path: Path, needed: Sequence[str] = ()) -> Iterator[Row]:
         return read_json_rows(path, needed)
     if path.suffix.lower() in CSV_ROWS:
         return read_csv_rows(path, needed)
+    if path.suffix.lower() in NO_TEXT:
+        raise UsageError(f"{path}: rows come as .csv, .tsv or .jsonl (one object a line), or as text; save it as one")
     return read_lines(path)
 
 
@@ -83,12 +110,12 @@ def read_lines(path: Path) -> Iterator[Row]:
 
 def read_json_rows(path: Path, needed: Sequence[str] = ()) -> Iterator[Row]:
     """Give the objects of a JSONL file."""
-    with opened(path) as file:
+    with path.open(encoding=encoding_of(path), newline="\n") as file:
         for number, line in enumerate(file, 1):
-            if not (text := line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip():
+            if not line.strip():
                 continue
             try:
-                row = loads(text)
+                row = loads(line)
             except ValueError as error:
                 raise UsageError(f"{path}, line {number}: {error}") from None
             if not isinstance(row, dict):
@@ -103,23 +130,30 @@ def read_csv_rows(path: Path, needed: Sequence[str] = ()) -> Iterator[Row]:
     """Give the rows of a CSV file by the names of its first row; commas, semicolons or tabs between fields."""
     csv.field_size_limit(LONGEST_FIELD)
     with path.open(encoding=encoding_of(path), newline="") as file:
-        delimiter = max(",;\t", key=file.readline().count)
+        delimiter = max(",;\t", key=next(filter(str.strip, file), "").count)
         file.seek(0)
         # subtle: strict, since a quote that is never closed would swallow the rest of the file as one field
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         try:
-            names = [name.strip() for name in next(reader, [])]
+            names = unique(next((fields for fields in reader if any(map(str.strip, fields))), []))
             if missing := [name for name in needed if name not in names]:
                 there = ", ".join(names) or "nothing"
                 raise UsageError(f"{path} needs the columns {', '.join(needed)}; {missing[0]} is missing in: {there}")
             for fields in reader:
-                if len(fields) > len(names):
+                if any(map(str.strip, fields[len(names) :])):  # empty ones are a spreadsheet's
                     raise UsageError(f"{path}, line {reader.line_num}: more fields than the first row has names")
-                if any(field.strip() for field in fields):
-                    yield dict(zip(names, fields + [""] * (len(names) - len(fields)), strict=True))
+                if any(map(str.strip, fields)):
+                    yield dict(zip_longest(names, fields[: len(names)], fillvalue=""))
         except csv.Error as error:
             hint = "a quote inside a quoted field is written twice, and every quote is closed"
             raise UsageError(f"{path}, line {reader.line_num}: {error} ({hint})") from None
+
+
+def unique(names: Sequence[str]) -> list[str]:
+    """Names of columns without white space around them; of equal ones the later are numbered: ["a", "a"] -> a, a.1."""
+    stripped = [name.strip() for name in names]
+    before = [stripped[:at].count(name) for at, name in enumerate(stripped)]
+    return [f"{name}.{count}" if name and count else name for name, count in zip(stripped, before, strict=True)]
 
 
 # ---- templates -------------------------------------------------------------------------------------------------------
@@ -128,7 +162,8 @@ def read_csv_rows(path: Path, needed: Sequence[str] = ()) -> Iterator[Row]:
 def compile_template(text: str, source: str = "the template") -> Callable[[Mapping[str, Any]], str]:
     """Make a function that fills a row into {field} placeholders; {{ and }} stand for braces.
 
-    compile_template("{{{name}}}")({"name": "x"}) -> "{x}". Raises UsageError for anything else within braces.
+    compile_template("{{{name}}}")({"name": "x"}) -> "{x}". Raises UsageError for anything else within braces, and for
+    a text without a placeholder.
     """
     try:
         pieces = list(string.Formatter().parse(text))
@@ -138,6 +173,10 @@ def compile_template(text: str, source: str = "the template") -> Callable[[Mappi
         if form or conversion or name == "" or (name and re.search(r"[\s\"'\[\]]", name)):
             shown = f"{name}{f'!{conversion}' if conversion else ''}{f':{form}' if form else ''}"
             raise UsageError(f"{source}: {{{shown[:40]}}} is no placeholder; braces of your own are written twice")
+    if all(name is None for _, name, _, _ in pieces):
+        raise UsageError(
+            f"{source} has no placeholder: every row would be asked the same; write {{field}} in one brace"
+        )
 
     def fill(row: Mapping[str, Any]) -> str:
         words = []
@@ -230,6 +269,17 @@ def guarded(value: Any) -> str:
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else cell(value)
 
 
+def columns_of(text: str) -> int:
+    """How wide a terminal shows a text: Chinese takes two columns a character."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+
+
+def check_table(path: Path) -> None:
+    """Raise UsageError for the name of a table that write_table does not make."""
+    if path.suffix.lower() not in CSV_ROWS + JSON_ROWS:
+        raise UsageError(f"{path}: the name of a table ends in {', '.join(CSV_ROWS + JSON_ROWS)}")
+
+
 def refuse_foreign(path: Path, start: str) -> None:
     """Raise UsageError if a file is there that does not begin as ours do: a user may have written it."""
     if path.exists():
@@ -237,3 +287,11 @@ def refuse_foreign(path: Path, start: str) -> None:
             found = file.read(len(start.encode()) + 3).decode(errors="replace").removeprefix("\ufeff")
         if not path.is_file() or (found and not found.startswith(start)):
             raise UsageError(f"{path} exists and is no output of this program: move it away, or name another output")
+
+
+def keep_older(path: Path, results: Path) -> None:
+    """Rename an output that was not made from these results, since there are none yet: another program's, perhaps."""
+    if path.is_file() and path.stat().st_size and not results.exists():
+        older = path.with_name(f"{path.stem}.{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}{path.suffix}")
+        path.rename(older)
+        LOGGER.warning("%s is not from these results: it is kept as %s", path, older.name)
