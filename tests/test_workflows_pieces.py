@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -705,6 +706,10 @@ def test_places_of_values() -> None:
 
 
 def tokens_of(pairs: list[tuple[bytes, float]]) -> dict[str, Any]:
+        ('{"all": [{"category": "pos"}, {"categ', None, ""),
+        ('{"all": [{"category": "pos"}, ', None, ""),
+        ('{"all": {"category": "pos"}, "b": tr', None, ""),
+        ('The key {"category is: {"category": "pos"}', {"category": "pos"}, ""),
     return {"content": [{"token": "?", "bytes": list(token), "logprob": logprob} for token, logprob in pairs]}
 
 
@@ -754,7 +759,64 @@ def test_gemini_takes_the_schema_as_it_is() -> None:
     assert model.body(("user", "p"), **parameters)["generationConfig"]["responseJsonSchema"] == LABELS
 
 
-def test_a_broken_schema_is_an_error() -> None:
-    """A schema that is none is told before anything is sent."""
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "objekt"},
+        {"properties": []},
+        {"properties": {"a": {"type": "string", "required": True}}},
+        {"type": "array", "items": LABELS},
+        {"enum": ["pos", "neg"], "type": ["string", "null"]},
+    ],
+)
+def test_a_broken_schema_is_an_error(tmp_path: Path, schema: Any) -> None:
+    """A schema that is none, or of something else than an object, is told before anything is sent."""
+    (tmp_path / "p.md").write_text("{text}", "utf-8")
+    task = {"prompt_file": str(tmp_path / "p.md"), "schema": schema}
     with pytest.raises(UsageError, match="task, schema"):
-        structured_output.validator({"type": "objekt"})
+        structured_output.read_task({"model": {"model_name": "m"}, "task": task})
+
+
+def closed(**properties: Any) -> dict[str, Any]:
+    """An object of these fields and no others."""
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    ("schema", "strict"),
+    [
+        (closed(a={"enum": ["x"]}, b={"anyOf": [closed(c={"type": "null"}), {"type": "string"}]}), True),
+        (closed(a={"type": "object"}), False),
+        (closed(a={"oneOf": [{"type": "string"}, {"type": "null"}]}), False),
+        (closed(a={"type": "array", "items": {"type": "object", "properties": {}}}), False),
+        ({"anyOf": [closed(a={"type": "string"}), closed(b={"type": "string"})]}, False),
+        (LABELS, False),
+    ],
+)
+def test_strict_schemas(schema: dict[str, Any], strict: bool) -> None:
+    """Only what OpenAI takes in strict mode is sent as such: it refuses the request otherwise."""
+    parameters, _ = structured_output.format_parameters(_run.model_of({"model_name": "m"}), schema, "json_schema")
+    assert parameters["response_format"]["json_schema"]["strict"] is strict
+
+
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [
+        ({"label_column": "truth", "schema": {"properties": {"a": {}}}}, "name the one to compare: label_field"),
+        ({"label_column": "truth"}, "name the one to compare: label_field"),
+        ({"label_field": "categry", "schema": LABELS}, "no field 'categry', did you mean 'category'"),
+        ({"probability_fields": ["x"], "schema": LABELS}, "no field 'x'"),
+    ],
+)
+def test_labels_that_cannot_be_compared(tmp_path: Path, task: dict[str, Any], reason: str) -> None:
+    """A confusion table or a probability of a field that there is not is told before anything is sent."""
+    (tmp_path / "p.md").write_text("{text}", "utf-8")
+    config = {"model": {"model_name": "m"}, "task": {"prompt_file": str(tmp_path / "p.md"), **task}}
+    with pytest.raises(UsageError, match=reason):
+        structured_output.labels_of(config, structured_output.read_task(config))
+
+
+def test_confusion_of_chinese_labels(capsys: pytest.CaptureFixture[str]) -> None:
+    """The columns stand below each other on a terminal, where Chinese takes two of its columns."""
+    structured_output.show_confusion(Counter({("正面", "正面"): 2, ("负面", "ok"): 1}), "label")
+    assert capsys.readouterr().out.splitlines()[:2] == ["  label     ok   正面", "   正面      0      2"]

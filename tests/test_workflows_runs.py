@@ -514,6 +514,24 @@ def test_structured_output_killed(server: Server) -> None:
 # ---- response_cache --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("label_column: category", "label_column: truth", "needs the columns truth"),
+        ("out.jsonl", "out.xlsx", "ends in .csv, .tsv, .jsonl"),
+    ],
+)
+def test_structured_output_refuses_before_sending(
+    server: Server, capsys: pytest.CaptureFixture[str], old: str, new: str, reason: str
+) -> None:
+    """What would go wrong at the end is told before anything is paid."""
+    write_task(server, "out.jsonl")
+    Path("task.yaml").write_text(Path("task.yaml").read_text("utf-8").replace(old, new), "utf-8")
+    assert run(structured_output, "-c", "task.yaml") == 2
+    assert reason in capsys.readouterr().err
+    assert not server.stats()["calls"]
+
+
 def write_samples(name: str, contents: list[str], start: int = 0) -> None:
     """Write a request file; the same content stands for samples of one prompt."""
     lines = [

@@ -51,6 +51,7 @@ LOGPROBS: dict[str, dict[str, Any]] = {  # what asks for log-probabilities
 }
 SCHEMA_IN_PROMPT = "\n\nAnswer with one JSON object and nothing else. It must fit this JSON schema:\n"
 CORRECTION = "That was not valid: {reason}. Answer again, with the corrected JSON object and nothing else."
+NOT_STRICT = set("oneOf allOf not if then else dependentRequired dependentSchemas patternProperties".split())
 MOST_STARTS = 1000  # braces of an answer at which an object is looked for
 SPACE = re.compile(r"\s*")
 
@@ -102,6 +103,7 @@ def read_task(config: _run.Config) -> Task:
     """Make the task of a config."""
     task, model = config["task"], _run.model_of(config["model"])
     schema = read_schema(task.get("schema"))
+    problem_of = validator(schema)
     properties = schema.get("properties", {}) if schema else {}
     labelled = [name for name, kind in properties.items() if is_labelled(kind)]
     wanted = task.get("response_format", "auto")
@@ -116,7 +118,7 @@ def read_task(config: _run.Config) -> Task:
     return Task(
         model,
         _files.compile_template(_files.read_text(prompt_path), str(prompt_path)),
-        validator(schema),
+        problem_of,
         parameters,
         "" if told or not schema else SCHEMA_IN_PROMPT + json.dumps(schema, ensure_ascii=False),
         list(properties),
@@ -144,14 +146,30 @@ def is_labelled(kind: Any) -> bool:
 
 
 def is_strict(schema: Any) -> bool:
-    """Whether every object of a schema names all its fields as required, as OpenAI's strict mode wants it."""
+    """Whether a schema is one of OpenAI's strict mode: objects name all their fields as required, few keywords."""
     if isinstance(schema, list):
         return all(map(is_strict, schema))
     if not isinstance(schema, dict):
         return True
-    names = set(schema.get("properties", {}))
-    whole = schema.get("additionalProperties") is False and names == set(schema.get("required", ()))
-    return (whole or "properties" not in schema) and all(map(is_strict, schema.values()))
+    whole, names = schema.get("additionalProperties") is False, set(schema.get("properties", ()))
+    if "properties" in schema or "object" in schema.get("type", ()):
+        whole = whole and names == set(schema.get("required", ()))
+    else:
+        whole = True
+    return whole and not NOT_STRICT & schema.keys() and all(map(is_strict, schema.values()))
+
+
+def labels_of(config: _run.Config, task: Task) -> tuple[str, str]:
+    """The column of the right answers and the field that is compared with it; "" for no confusion table."""
+    column, given = config["task"].get("label_column", ""), config["task"].get("label_field", "")
+    for name in filter(None, (given, *task.labelled)):
+        if task.fields and name not in task.fields:
+            raise UsageError(f"task: the schema has no field {name!r}{_files.nearest(name, task.fields)}")
+    if column and not (given or task.labelled):
+        raise UsageError(
+            "task, label_column: no field of the schema takes labels; name the one to compare: label_field"
+        )
+    return column, given or next(iter(task.labelled), "")
 
 
 def format_parameters(model: _run.Model, schema: dict[str, Any] | None, wanted: str) -> tuple[dict[str, Any], bool]:
@@ -169,7 +187,8 @@ def format_parameters(model: _run.Model, schema: dict[str, Any] | None, wanted: 
     if shape == "gemini":
         told = {"responseJsonSchema": schema} if wanted == "json_schema" else {}
         return {"responseMimeType": "application/json", **told}, bool(told)
-    named: dict[str, Any] = {"name": "answer", "schema": schema, "strict": is_strict(schema)}
+    strict = schema is not None and is_strict(schema) and "properties" in schema and "anyOf" not in schema
+    named: dict[str, Any] = {"name": "answer", "schema": schema, "strict": strict}
     form: dict[str, Any] = {"type": wanted}
     if wanted == "json_schema":
         form |= named if shape == "responses" else {"json_schema": named}
@@ -186,6 +205,8 @@ def validator(schema: dict[str, Any] | None) -> Callable[[Any], str]:
         kind.check_schema(schema)
     except jsonschema.SchemaError as error:
         raise UsageError(f"task, schema: {error.message}") from None
+    if "object" not in schema.get("type", "object"):  # a text or a list of texts
+        raise UsageError(f"task, schema: an answer is an object; put your {schema['type']} into a field of one")
     checker = kind(schema)
 
     def problem_of(value: Any) -> str:
@@ -212,10 +233,17 @@ def judge_result(task: Task, result: Result) -> Outcome:
     return Outcome(value, weigh(answer, start, task.labelled))
 
 
+def breaks_off(error: json.JSONDecodeError) -> bool:
+    """Whether JSON is wrong because its text ends too early."""
+    rest = error.doc[error.pos :].strip()
+    return error.msg.startswith("Unterminated") or any(word.startswith(rest) for word in ("true", "false", "null", "-"))
+
+
 def find_object(text: str, problem_of: Callable[[Any], str]) -> tuple[Any, int, str]:
     """Find the JSON object of an answer, whatever stands around it: the first that is valid, else the last.
 
-    Gives the object (None if there is none), where it starts, and what is wrong with it.
+    Gives the object (None if there is none), where it starts, and what is wrong with it. A part of an object that
+    breaks off does not count.
     """
     found: tuple[Any, int, str] = (None, 0, "")
     start = text.find("{")
@@ -225,8 +253,9 @@ def find_object(text: str, problem_of: Callable[[Any], str]) -> tuple[Any, int, 
         end = start + 1
         try:
             value, end = DECODER.raw_decode(text, start)
-        except (ValueError, RecursionError):
-            pass
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, json.JSONDecodeError) and breaks_off(error):
+                break  # subtle: what follows are parts of an object that was to become larger
         else:
             found = (value, start, problem_of(value))
             if not found[2]:
@@ -301,9 +330,11 @@ def follow(task: Task, row: _files.Row, rounds: list[Results]) -> list[Outcome]:
     return outcomes
 
 
-def requests_of_round(task: Task, source: Path, rounds: list[Results]) -> Iterator[tuple[_files.Row, Any]]:
+def requests_of_round(
+    task: Task, source: Path, needed: list[str], rounds: list[Results]
+) -> Iterator[tuple[_files.Row, Any]]:
     """The requests of the next round: all rows at first, then those whose answers were not valid."""
-    for row in _files.read_rows(source):
+    for row in _files.read_rows(source, needed):
         outcomes = follow(task, row, rounds)
         if len(outcomes) == len(rounds) and (not outcomes or outcomes[-1].may_ask_again):
             yield task.request(row, outcomes)
@@ -322,10 +353,12 @@ def output_row(task: Task, row: _files.Row, outcome: Outcome) -> _files.Row:
 def show_confusion(counts: Counter[tuple[str, str]], name: str) -> None:
     """Print how often each label was answered by what."""
     truths, answers = (sorted({pair[side] for pair in counts}) for side in (0, 1))
-    width = max(map(len, [*truths, *answers, name])) + 2
-    print("".join(text.rjust(width) for text in (name, *answers)))
-    for truth in truths:
-        print("".join(text.rjust(width) for text in (truth, *(str(counts[truth, answer]) for answer in answers))))
+    width = max(map(_files.columns_of, [*truths, *answers, name])) + 2
+    for words in (
+        [name, *answers],
+        *([truth, *(str(counts[truth, answer]) for answer in answers)] for truth in truths),
+    ):
+        print("".join(" " * (width - _files.columns_of(word)) + word for word in words))
     right = sum(count for (truth, answer), count in counts.items() if truth == answer)
     print(f"{right} of {counts.total()} right ({right / max(1, counts.total()):.1%})")
 
@@ -343,8 +376,11 @@ def main(argv: list[str] | None = None) -> int:
     source, output, folder = (Path(config["io"][name]) for name in _run.IO_KEYS)
     if output.exists() and output.samefile(source):
         raise UsageError("io.output_file is the input: name another one")
+    _files.check_table(output)
     task = read_task(config)
     settings = task.model.settings | _run.settings_of(config.get("runtime", {})) | _run.run_flags(arguments)
+    label_column, label_field = labels_of(config, task)
+    needed = [label_column] if label_column else []
     rounds: list[Path] = []
     code = 0
     for number in range(config["task"].get("ask_again", 2) + 1):
@@ -352,7 +388,7 @@ def main(argv: list[str] | None = None) -> int:
         if not number and output.exists() and not results_path.exists():
             raise UsageError(f"{output} exists and is no output of this program: move it away, or name another output")
         with opened_results(rounds) as before:
-            asked = _files.write_requests(requests_path, requests_of_round(task, source, before))
+            asked = _files.write_requests(requests_path, requests_of_round(task, source, needed, before))
         if not asked and number:
             break
         if number:
@@ -365,7 +401,7 @@ def main(argv: list[str] | None = None) -> int:
             break
     if arguments.dry_run:
         return code
-    return max(code, write_output(task, config, source, output, rounds))
+    return max(code, write_output(task, config, source, output, rounds, (label_column, label_field)))
 
 
 @contextlib.contextmanager
@@ -379,16 +415,17 @@ def opened_results(paths: list[Path]) -> Iterator[list[Results]]:
             results.close()
 
 
-def write_output(task: Task, config: _run.Config, source: Path, output: Path, rounds: list[Path]) -> int:
+def write_output(
+    task: Task, config: _run.Config, source: Path, output: Path, rounds: list[Path], labels: tuple[str, str]
+) -> int:
     """Write the rows; 1 if some have no valid answer."""
-    label_column = config["task"].get("label_column", "")
-    label_field = config["task"].get("label_field") or next(iter(task.labelled), "")
+    label_column, label_field = labels
     confusion: Counter[tuple[str, str]] = Counter()
     counts: Counter[str] = Counter()
 
     def rows() -> Iterator[_files.Row]:
         with opened_results(rounds) as opened:
-            for row in _files.read_rows(source, [label_column] if label_column else ()):
+            for row in _files.read_rows(source):
                 outcomes = follow(task, row, opened)
                 if not outcomes:
                     counts["missing"] += 1
