@@ -595,6 +595,20 @@ def test_answers_of_every_kind(tmp_path: Path) -> None:
         b"".join(dumps({**body, "metadata": kind}) + b"\n" for body, kind in zip(bodies, kinds, strict=True))
         + b"not json\n"
     )
+def test_answers_find_the_requests_of_a_workflow(tmp_path: Path) -> None:
+    """x_requests.jsonl stands beside x_results.jsonl; x.jsonl may be something else, and is not overwritten."""
+    write_results(tmp_path / "x_results.jsonl", [[{"messages": [{"content": "1"}]}, chat({"content": "a"}), {"id": 1}]])
+    (tmp_path / "x.jsonl").write_text('{"instruction": "a dataset"}\n', "utf-8")
+    (tmp_path / "x_requests.jsonl").write_text('{"messages": [{"content": "1"}], "metadata": {"id": 1}}\n', "utf-8")
+    words = [str(tmp_path / "x_results.jsonl"), str(tmp_path / "a.csv")]
+    assert answers.main(words) == 0
+    assert (tmp_path / "a.csv").read_text("utf-8").splitlines()[1:] == ["1,a,,success,7,"]
+    with pytest.raises(UsageError, match="is an input"):
+        answers.main([words[0], str(tmp_path / "x_requests.jsonl"), "--overwrite"])
+    with pytest.raises(UsageError, match=r"ends in \.csv, \.tsv, \.jsonl"):
+        answers.main([words[0], str(tmp_path / "a.xlsx")])
+
+
     replies = [
         chat({"content": "a", "reasoning_content": "r"}),
         [{"kind": "bad_request", "status": 400, "message": "no"}],

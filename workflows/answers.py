@@ -4,8 +4,8 @@
     python -m workflows.answers results/mine_results.jsonl answers.csv --excel
 
 The ending of the output's name, .csv or .jsonl, says what it becomes. Rows stand in the order of the request file, also
-those that have no result yet; without --requests_filepath that is the file of the same name without _results, and if
-there is none, rows stand as they do in the results.
+those that have no result yet; without --requests_filepath that is the file of the same name with _requests instead of
+_results, or without both, and if there is none, rows stand as they do in the results.
 """
 
 from __future__ import annotations
@@ -48,6 +48,13 @@ def answer_rows(results: Results, requests_path: Path | None) -> Iterator[_files
         yield answer_row(results.take(body, metadata), metadata)
 
 
+def requests_of(results: Path) -> Path | None:
+    """The request file beside a results file, by its name: mine_requests.jsonl of a workflow, else mine.jsonl."""
+    stem = str(results).removesuffix("_results.jsonl")
+    guesses = [Path(f"{stem}_requests.jsonl"), Path(f"{stem}.jsonl")] if stem != str(results) else []
+    return next(filter(Path.is_file, guesses), None)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Make the table."""
     parser = _run.new_parser(__doc__)
@@ -57,15 +64,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--excel", action="store_true", help="CSV that a spreadsheet opens right, formulas disarmed")
     parser.add_argument("--overwrite", action="store_true", help="replace another file of that name")
     arguments = parser.parse_args(argv)
+    _files.check_table(arguments.output)
     if arguments.output.exists() and not arguments.overwrite:
         raise UsageError(f"{arguments.output} exists: delete it, or say --overwrite, or name another file")
-    inputs = [path for path in (arguments.results, arguments.requests_filepath) if path]
+    requests_path = arguments.requests_filepath or requests_of(arguments.results)
+    inputs = [path for path in (arguments.results, requests_path) if path]
     if any(path.exists() and arguments.output.exists() and arguments.output.samefile(path) for path in inputs):
         raise UsageError(f"{arguments.output} is an input: name another file")
-    requests_path = arguments.requests_filepath
-    guess = Path(str(arguments.results).removesuffix("_results.jsonl") + ".jsonl")
-    if requests_path is None and guess != arguments.results and guess.is_file():
-        requests_path = guess
     if requests_path is None:
         LOGGER.warning("In the order of the results; --requests_filepath gives the order of the requests.")
     results = Results(arguments.results)
