@@ -668,6 +668,22 @@ def test_cache_needs_a_file(server: Server) -> None:
 # ---- examples --------------------------------------------------------------------------------------------------------
 
 COMMAND = re.compile(r"python -m workflows\.(\w+) -c (workflows/examples/(\S+))")
+@pytest.mark.parametrize("command", ["info", "store"])
+def test_cache_commands_tell_what_is_wrong(server: Server, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    """A file that is no cache, and one that is not there, end in a message; nothing is made."""
+    flags = ["--requests_filepath", "r.jsonl"] if command == "store" else []
+    write_samples("r.jsonl", ["a"])
+    Path("r_results.jsonl").touch()
+    Path("broken.sqlite").write_text("no database, no database", "utf-8")
+    assert run(response_cache, command, "--cache_filepath", "broken.sqlite", *flags) == 2
+    assert "the cache broken.sqlite cannot be used: file is not a database" in capsys.readouterr().err
+    Path("r_results.jsonl").unlink()
+    assert run(response_cache, command, "--cache_filepath", "typo.sqlite", *flags) == 2
+    assert "there is no" in capsys.readouterr().err
+    assert not Path("typo.sqlite").exists()
+    assert run(response_cache, command, "--cache_filepath", "typo.sqlite", "--cache_max_days", "-1", *flags) == 2
+
+
 COMMANDS = {
     path.name: match
     for path in sorted(EXAMPLES.iterdir())

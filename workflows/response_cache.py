@@ -200,20 +200,39 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cache_max_megabytes", type=float, default=0, help="the oldest go first; 0 = no limit")
     arguments, rest = parser.parse_known_args(argv)
     limits = {"max_days": arguments.cache_max_days, "max_megabytes": arguments.cache_max_megabytes}
-    if arguments.command == "info":
-        with contextlib.closing(Cache(arguments.cache_filepath, "")) as cache:
-            count, size = cache.database.execute("SELECT COUNT(*), TOTAL(LENGTH(response)) FROM answers").fetchone()
-        print(f"{count:,} answers, {size / 2**20:,.1f} MB packed, are in {arguments.cache_filepath}")
-        return 0
-    settings = settings_from(rest)
-    LOGGER.setLevel(_run.log_level(settings.logging_level))
-    _run.load_env()
+    if not min(limits.values()) >= 0:
+        raise UsageError("--cache_max_days and --cache_max_megabytes are numbers from 0 up")
+    path = arguments.cache_filepath
     if arguments.command == "run":
-        return _run.run_processor(settings, cache_filepath=str(arguments.cache_filepath), **limits).exit_code
-    with contextlib.closing(Cache(arguments.cache_filepath, settings.request_url, **limits)) as cache:
-        print(f"{cache.store(settings):,} answers are new in {arguments.cache_filepath}")
-        cache.shrink()
+        settings = settings_from(rest)
+        LOGGER.setLevel(_run.log_level(settings.logging_level))
+        _run.load_env()
+        return _run.run_processor(settings, cache_filepath=str(path), **limits).exit_code
+    try:
+        print(info(path) if arguments.command == "info" else store(path, settings_from(rest), **limits))
+    except sqlite3.Error as error:
+        raise UsageError(f"the cache {path} cannot be used: {error}") from None
     return 0
+
+
+def info(path: Path) -> str:
+    """How much is in a cache."""
+    if not path.is_file():
+        raise UsageError(f"there is no cache {path}; check the path")
+    with contextlib.closing(Cache(path, "")) as cache:
+        count, size = cache.database.execute("SELECT COUNT(*), TOTAL(LENGTH(response)) FROM answers").fetchone()
+    return f"{count:,} answers, {size / 2**20:,.1f} MB packed, are in {path}"
+
+
+def store(path: Path, settings: Settings, **limits: float) -> str:
+    """Take over the answers of an earlier run."""
+    for needed in (settings.requests_filepath, settings.results_path):
+        if not Path(needed).is_file():
+            raise UsageError(f"there is no {needed}; check --requests_filepath and --save_filepath")
+    with contextlib.closing(Cache(path, settings.request_url, **limits)) as cache:
+        told = f"{cache.store(settings):,} answers are new in {path}"
+        cache.shrink()
+    return told
 
 
 def settings_from(flags: list[str]) -> Settings:
