@@ -247,6 +247,11 @@ def test_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".env").write_text("SET_KEY=other\nUNSET_KEY='sk-$HOME'\n", "utf-8")
     _run.load_env(tmp_path / ".env")
     assert (os.environ["SET_KEY"], os.environ["UNSET_KEY"]) == ("set", "sk-$HOME")
+    for encoding in ("utf-8-sig", "utf-16"):  # as Windows writes it
+        monkeypatch.delenv("UNSET_KEY")
+        (tmp_path / ".env").write_text("UNSET_KEY=密 # 钥匙\n", encoding)
+        _run.load_env(tmp_path / ".env")
+        assert os.environ["UNSET_KEY"] == "密"
     assert [_run.real_key(key) for key in ("YOUR_API_KEY", "your_key", "您的智谱AI API密钥", None, " sk-1 ")] == [
         *[""] * 4,
         "sk-1",
@@ -261,6 +266,9 @@ def test_runtime_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings["max_attempts"] == 4
     assert (settings["max_concurrent_requests"], settings["max_requests_per_minute"]) == (5, 0)
     assert processor.retry_delay(1, random.Random(1)) == 0.5 * _run.OWN_RETRY_DELAY(1, random.Random(1))
+    for name in ("max_concurrent", "retry_times", "retry_delay"):
+        with pytest.raises(UsageError, match=f"{name} is -1"):
+            _run.settings_of({name: -1})
 
 
 # ---- requests --------------------------------------------------------------------------------------------------------

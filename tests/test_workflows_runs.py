@@ -721,3 +721,12 @@ def test_usage_errors_are_messages(server: Server, capsys: pytest.CaptureFixture
 
     assert _run.main_program(refuse, []) == 2
     assert capsys.readouterr().err == "Cannot start: no\n"
+def test_a_reader_that_goes_away_is_no_failure(tmp_path: Path) -> None:
+    """`| head` ends a program quietly."""
+    line = json.dumps([{"model": "m"}, {"choices": []}]) + "\n"
+    (tmp_path / "r.jsonl").write_text(line, "utf-8")
+    command = f"'{sys.executable}' -m workflows.report '{tmp_path / 'r.jsonl'}' | head -c 1 >/dev/null"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert not done.stderr
+
+

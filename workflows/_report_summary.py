@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import textwrap
-import unicodedata
 from bisect import bisect_right
 from datetime import UTC, datetime
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from api_request_parallel_processor import duration
+from workflows._files import columns_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -245,7 +245,11 @@ def latency(summary: Summary) -> Iterator[str]:
         yield row("Seconds of successes", "", columns(names))
         yield row("  first start to result", "", columns([figure(summary["seconds"][name]) for name in names]))
     elif summary["requests"]:
-        yield "No times in this file: a run with --save_details records them."
+        yield (
+            "No success tells how long it took."
+            if summary["began"]
+            else "No times in this file: a run with --save_details records them."
+        )
 
 
 def tokens(summary: Summary) -> Iterator[str]:
@@ -329,7 +333,7 @@ def money(value: float) -> str:
 
 def fitted(text: str) -> str:
     """A line cut to the width of the terminal, on which Chinese characters take two columns."""
-    places = list(accumulate(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text))
+    places = list(accumulate(map(columns_of, text)))
     if not places or places[-1] <= WIDTH:
         return text
     return text[: bisect_right(places, WIDTH - 1)] + "…"

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import errno
 import importlib
+import io
 import json
 import logging
 import os
@@ -132,7 +133,7 @@ def required(config: Config, *places: str) -> None:
 def load_env(path: Path = Path(".env")) -> None:
     """Take keys from .env, where the environment does not have them already."""
     if path.is_file():
-        optional("dotenv").load_dotenv(path, interpolate=False)
+        optional("dotenv").load_dotenv(stream=io.StringIO(read_text(path)), interpolate=False)
     if key := os.environ.get("DOUBAO_API_KEY"):  # Ark's key has two usual names
         os.environ.setdefault("ARK_API_KEY", key)
 
@@ -190,6 +191,9 @@ def real_key(key: str | None) -> str:
 
 def settings_of(runtime: Config) -> dict[str, Any]:
     """The processor's settings of a config's section `runtime`; no budgets mean: find out."""
+    for name in ("max_concurrent", "retry_times", "retry_delay"):
+        if runtime.get(name, 0) < 0:
+            raise UsageError(f"the config's {name} is {runtime[name]}: give a number from 0 up")
     if (delay := runtime.get("retry_delay")) is not None:  # the processor's own first backoff is a second at most
         processor.retry_delay = lambda attempt, rng: delay * OWN_RETRY_DELAY(attempt, rng)
     settings: dict[str, Any] = {"max_requests_per_minute": 0, "max_tokens_per_minute": 0}
@@ -281,16 +285,24 @@ def main_program(main: Callable[[list[str] | None], int], argv: list[str] | None
     LOGGER.addHandler(handler)
     LOGGER.setLevel("INFO")
     sys.set_int_max_str_digits(0)  # integers of any size are read, as the processor does
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no Chinese is no reason to fail
     try:
-        return main(argv)
+        code = main(argv)
+        sys.stdout.flush()
     except UsageError as error:
         complain(f"Cannot start: {error}")
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # as of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush goes nowhere
+        return 128 + getattr(signal, "SIGPIPE", 13)
     except OSError as error:
         complain(f"Stopped: {error}. The same command continues.")
         return 3 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2
+    else:
+        return code
     finally:
         LOGGER.removeHandler(handler)
 

@@ -11,8 +11,6 @@ attempts are counted as far as the file knows them. The page needs the package p
 from __future__ import annotations
 
 import math
-import sys
-from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,8 +96,6 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.json:
         print(dumps(summary).decode())
     else:
-        if isinstance(sys.stdout, TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # a terminal that has no Chinese is no reason to fail
         print(as_text(summary, str(arguments.results)))
     if arguments.html:
         write_page(arguments.html, summary, numbers)
