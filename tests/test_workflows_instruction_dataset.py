@@ -175,10 +175,26 @@ def test_empty_samples_are_dropped() -> None:
     assert samples_of(chat('{"instruction": "a", "output": " "}'), 4) == ([], "empty samples")
 
 
-@pytest.mark.parametrize(("words", "told"), [(["nowhere"], "is no folder"), (["empty"], "holds no paper")])
+def test_samples_that_are_no_texts() -> None:
+    """Numbers and lists of an answer are written as JSON, zero included."""
+    text = json.dumps([{"instruction": "Count.", "input": {"a": None}, "output": 0}])
+    assert samples_of(chat(text), 4) == ([{"instruction": "Count.", "input": '{"a":null}', "output": "0"}], "")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["nowhere"], "is no folder"),
+        (["empty"], "holds no paper"),
+        (["empty", "--output", "mine.jsonl"], "is no output of this program"),
+        (["empty", "--output", "d.xlsx"], "ends in .csv"),
+        (["empty", "--prompt_filepath", "mine.jsonl"], "has no {text}"),
+    ],
+)
 def test_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], told: str) -> None:
-    """Without papers there is nothing to do."""
+    """What cannot be meant is told, and nothing of the user's is touched."""
     (tmp_path / "empty").mkdir()
+    (tmp_path / "mine.jsonl").write_text('{"my": "requests"}\n', "utf-8")
     assert run(*words) == 2
     assert told in capsys.readouterr().err
 

@@ -119,7 +119,7 @@ def samples_of(response: Any, most: int) -> tuple[list[dict[str, str]], str]:
     answer = read_answer(response)
     if answer.refusal:
         return [], f"refused: {answer.refusal}"
-    found = [{name: str(item.get(name) or "").strip() for name in FIELDS} for item in objects_in(answer.text)]
+    found = [{name: _files.cell(item.get(name)).strip() for name in FIELDS} for item in objects_in(answer.text)]
     good = [sample for sample in found if sample["instruction"] and sample["output"]]
     if good:
         return good[:most], ""
@@ -209,6 +209,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.batch and (arguments.restart or arguments.cache_filepath):
         raise UsageError("--restart and --cache_filepath are for live runs; with --batch name another --output")
     requests_path, results_path = _run.checkpoint(arguments.output.parent, arguments.output.stem)
+    _files.check_table(arguments.output)
+    start = ",".join(FIELDS) if arguments.output.suffix.lower() == ".csv" else f'{{"{FIELDS[0]}":'
+    _files.refuse_foreign(arguments.output, start)
     same = "request_url provider api_key_env completion_window finish_live resubmit poll_seconds limit dry_run".split()
     same += ["max_requests_per_minute", "max_tokens_per_minute"]
     options = provider_batch.complete(
@@ -221,6 +224,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     show_configuration(arguments, options)
     template = _files.read_text(arguments.prompt_filepath) if arguments.prompt_filepath else PROMPT
+    if "{text}" not in template:
+        raise UsageError(f"{arguments.prompt_filepath} has no {{text}}: the model would not see the paper")
     fill = _files.compile_template(template, str(arguments.prompt_filepath or "the prompt"))
     section = {name: getattr(arguments, name) for name in ("provider", "system_prompt", *provider_batch.SAMPLING)}
     model = _run.model_of({**section, "model_name": arguments.model, "base_url": options.request_url})
@@ -228,6 +233,8 @@ def main(argv: list[str] | None = None) -> int:
     count = _files.write_requests(requests_path, requests(arguments.papers, model, fill, *limits, counts))
     if not count:
         raise UsageError(f"{arguments.papers} holds no paper with text ({', '.join(PAPERS)})")
+    if not arguments.dry_run:
+        _files.keep_older(arguments.output, results_path)
     if arguments.batch:
         code = provider_batch.run_command("run", [], options)
     else:
