@@ -44,7 +44,6 @@ def test_csv_delimiters_line_ends_and_blank_lines(tmp_path: Path, delimiter: str
     assert list(next(_files.read_rows(path))) == ["id", "question", "more"]
 
 
-def test_csv_fields_may_be_long(tmp_path: Path) -> None:
 def test_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
     """Empty fields beyond the names and lines above them do no harm; of equal names the first keeps its name."""
     path = tmp_path / "q.csv"
@@ -70,6 +69,7 @@ def test_files_that_are_no_rows_are_not_read_as_text(tmp_path: Path, name: str) 
         list(_files.read_rows(tmp_path / name))
 
 
+def test_csv_fields_may_be_long(tmp_path: Path) -> None:
     """A field longer than Python's default limit is read whole."""
     path = tmp_path / "q.csv"
     path.write_text("id,question\n1," + "x" * 300_000, "utf-8")
@@ -102,10 +102,10 @@ def test_rows_of_jsonl_and_text(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"a": 1}\n{"a": \n', "utf-8")
     with pytest.raises(UsageError, match="line 2"):
         list(_files.read_rows(tmp_path / "b.jsonl"))
-
     for encoding in ("gbk", "utf-16"):
         (tmp_path / "c.jsonl").write_text('{"a": "二"}\n', encoding)
         assert list(_files.read_rows(tmp_path / "c.jsonl")) == [{"a": "二"}]
+
 
 def test_template() -> None:
     """Fields are filled in, double braces are braces, numbers and objects are written as JSON."""
@@ -122,7 +122,6 @@ def test_template_refuses_braces_that_mean_nothing(text: str) -> None:
         _files.compile_template(text)
 
 
-def test_table_for_a_spreadsheet(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["Classify.", "Classify {{text}}."])
 def test_template_needs_a_placeholder(text: str) -> None:
     """Without one, or with that of other template languages, every row would be asked the same."""
@@ -130,6 +129,7 @@ def test_template_needs_a_placeholder(text: str) -> None:
         _files.compile_template(text)
 
 
+def test_table_for_a_spreadsheet(tmp_path: Path) -> None:
     """With excel a CSV has a BOM and formulas are text; numbers stay numbers."""
     rows: list[_files.Row] = [
         {"id": -1, "answer": "=1+1"},
@@ -161,7 +161,6 @@ def test_foreign_files_are_not_replaced(tmp_path: Path) -> None:
         _files.refuse_foreign(path, "id,question,reply")
 
 
-# ---- configs ---------------------------------------------------------------------------------------------------------
 def test_outputs_of_other_results_are_kept(tmp_path: Path) -> None:
     """An output that was there before the results, such as an old script's, is renamed; one of these results is not."""
     (tmp_path / "t.csv").write_text("id,old", "utf-8")
@@ -178,6 +177,7 @@ def test_outputs_of_other_results_are_kept(tmp_path: Path) -> None:
     assert (tmp_path / "t.csv").exists()
 
 
+# ---- configs ---------------------------------------------------------------------------------------------------------
 
 
 def test_json_config_with_comments(tmp_path: Path) -> None:
@@ -595,14 +595,6 @@ def test_prompts_without_a_template(tmp_path: Path) -> None:
     assert not (tmp_path / "q_requests.jsonl").exists()
 
 
-def test_answers_of_every_kind(tmp_path: Path) -> None:
-    """Failed, refused, cut off and missing answers each have their row; metadata may be anything."""
-    bodies = [{"messages": [{"content": str(n)}]} for n in range(5)]
-    kinds: list[Any] = [{"id": 1, "answer": "x"}, "text", None, [1], {"custom_id": "e"}]
-    (tmp_path / "r.jsonl").write_bytes(
-        b"".join(dumps({**body, "metadata": kind}) + b"\n" for body, kind in zip(bodies, kinds, strict=True))
-        + b"not json\n"
-    )
 def test_answers_find_the_requests_of_a_workflow(tmp_path: Path) -> None:
     """x_requests.jsonl stands beside x_results.jsonl; x.jsonl may be something else, and is not overwritten."""
     write_results(tmp_path / "x_results.jsonl", [[{"messages": [{"content": "1"}]}, chat({"content": "a"}), {"id": 1}]])
@@ -617,6 +609,14 @@ def test_answers_find_the_requests_of_a_workflow(tmp_path: Path) -> None:
         answers.main([words[0], str(tmp_path / "a.xlsx")])
 
 
+def test_answers_of_every_kind(tmp_path: Path) -> None:
+    """Failed, refused, cut off and missing answers each have their row; metadata may be anything."""
+    bodies = [{"messages": [{"content": str(n)}]} for n in range(5)]
+    kinds: list[Any] = [{"id": 1, "answer": "x"}, "text", None, [1], {"custom_id": "e"}]
+    (tmp_path / "r.jsonl").write_bytes(
+        b"".join(dumps({**body, "metadata": kind}) + b"\n" for body, kind in zip(bodies, kinds, strict=True))
+        + b"not json\n"
+    )
     replies = [
         chat({"content": "a", "reasoning_content": "r"}),
         [{"kind": "bad_request", "status": 400, "message": "no"}],
@@ -706,6 +706,10 @@ LABELS = {"type": "object", "properties": {"category": {"enum": ["pos", "neg"]}}
         ('{"category": "pos\nneg"}', {"category": "pos\nneg"}, "category: 'pos\\nneg' is not one of ['pos', 'neg']"),
         ('{"a": {"category": "pos"}}', {"a": {"category": "pos"}}, "the object: 'category' is a required property"),
         ('{"category": NaN}', None, ""),
+        ('{"all": [{"category": "pos"}, {"categ', None, ""),
+        ('{"all": [{"category": "pos"}, ', None, ""),
+        ('{"all": {"category": "pos"}, "b": tr', None, ""),
+        ('The key {"category is: {"category": "pos"}', {"category": "pos"}, ""),
         ("{" * 5000, None, ""),
         ("I would say pos.", None, ""),
     ],
@@ -728,10 +732,6 @@ def test_places_of_values() -> None:
 
 
 def tokens_of(pairs: list[tuple[bytes, float]]) -> dict[str, Any]:
-        ('{"all": [{"category": "pos"}, {"categ', None, ""),
-        ('{"all": [{"category": "pos"}, ', None, ""),
-        ('{"all": {"category": "pos"}, "b": tr', None, ""),
-        ('The key {"category is: {"category": "pos"}', {"category": "pos"}, ""),
     return {"content": [{"token": "?", "bytes": list(token), "logprob": logprob} for token, logprob in pairs]}
 
 

@@ -381,6 +381,39 @@ def test_prompt_matrix_refuses_to_replace_other_files(server: Server) -> None:
     assert not server.stats()["calls"]
 
 
+def test_prompt_matrix_leaves_out_what_is_no_record(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    """Empty records, folders and other files are told, and nobody is asked about them."""
+    path = write_matrix(server, models=["m"])
+    Path("测试输入问答记录/病房").mkdir()
+    Path("测试输入问答记录/空.txt").write_text("\ufeff\n", "utf-8")
+    Path("测试输入问答记录/备注.docx").touch()
+    assert run(prompt_matrix, "-c", path) == 0
+    told = capsys.readouterr()
+    assert "1 models x 2 people = 2 files" in told.out
+    assert [name for name in ("病房", "空.txt", "备注.docx") if f"{name} is left out" not in told.err] == []
+
+
+def test_prompt_matrix_side_by_side_needs_two_folders(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two configs with one output_dir would write the same checkpoint."""
+    configs = [write_matrix(server, name, output_dir="out", models=[name]) for name in ("a", "b")]
+    assert run(prompt_matrix, "-c", configs[0], "-c", configs[1]) == 2
+    assert "each needs its own" in capsys.readouterr().err
+    assert not server.stats()["calls"]
+
+
+def test_prompt_matrix_keeps_the_outputs_of_the_old_script(server: Server) -> None:
+    """They look like ours; the first run renames them, a later one replaces its own."""
+    path = write_matrix(server, models=["m"])
+    Path("output/raw_kimi").mkdir(parents=True)
+    Path("output/raw_kimi/m-患者1.json").write_text('{\n  "model": "m", "result": "old"}', "utf-8")
+    assert run(prompt_matrix, "-c", path, "--dry_run") == 0
+    assert "old" in Path("output/raw_kimi/m-患者1.json").read_text("utf-8")
+    for _ in range(2):
+        assert run(prompt_matrix, "-c", path) == 0
+        [older] = Path("output/raw_kimi").glob("m-患者1.*Z.json")
+        assert "old" in older.read_text("utf-8")
+
+
 def test_keys_of_ark(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """The key of Doubao may stand in .env under either of its names."""
     Path(".env").write_text("DOUBAO_API_KEY=sk-of-doubao\n", "utf-8")
@@ -481,6 +514,24 @@ def test_structured_output_golden(server: Server, capsys: pytest.CaptureFixture[
     assert server.stats()["calls"] == 1  # the bad request; the rest is known
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("label_column: category", "label_column: truth", "needs the columns truth"),
+        ("out.jsonl", "out.xlsx", "ends in .csv, .tsv, .jsonl"),
+    ],
+)
+def test_structured_output_refuses_before_sending(
+    server: Server, capsys: pytest.CaptureFixture[str], old: str, new: str, reason: str
+) -> None:
+    """What would go wrong at the end is told before anything is paid."""
+    write_task(server, "out.jsonl")
+    Path("task.yaml").write_text(Path("task.yaml").read_text("utf-8").replace(old, new), "utf-8")
+    assert run(structured_output, "-c", "task.yaml") == 2
+    assert reason in capsys.readouterr().err
+    assert not server.stats()["calls"]
+
+
 def test_structured_output_as_csv(server: Server) -> None:
     """The same as a table."""
     write_task(server, "out.csv")
@@ -512,24 +563,6 @@ def test_structured_output_killed(server: Server) -> None:
 
 
 # ---- response_cache --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "reason"),
-    [
-        ("label_column: category", "label_column: truth", "needs the columns truth"),
-        ("out.jsonl", "out.xlsx", "ends in .csv, .tsv, .jsonl"),
-    ],
-)
-def test_structured_output_refuses_before_sending(
-    server: Server, capsys: pytest.CaptureFixture[str], old: str, new: str, reason: str
-) -> None:
-    """What would go wrong at the end is told before anything is paid."""
-    write_task(server, "out.jsonl")
-    Path("task.yaml").write_text(Path("task.yaml").read_text("utf-8").replace(old, new), "utf-8")
-    assert run(structured_output, "-c", "task.yaml") == 2
-    assert reason in capsys.readouterr().err
-    assert not server.stats()["calls"]
 
 
 def write_samples(name: str, contents: list[str], start: int = 0) -> None:
@@ -635,6 +668,22 @@ def test_a_broken_cache_is_a_warning(server: Server, capsys: pytest.CaptureFixtu
     assert Path("c.sqlite").read_bytes().startswith(b"no database")
 
 
+@pytest.mark.parametrize("command", ["info", "store"])
+def test_cache_commands_tell_what_is_wrong(server: Server, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    """A file that is no cache, and one that is not there, end in a message; nothing is made."""
+    flags = ["--requests_filepath", "r.jsonl"] if command == "store" else []
+    write_samples("r.jsonl", ["a"])
+    Path("r_results.jsonl").touch()
+    Path("broken.sqlite").write_text("no database, no database", "utf-8")
+    assert run(response_cache, command, "--cache_filepath", "broken.sqlite", *flags) == 2
+    assert "the cache broken.sqlite cannot be used: file is not a database" in capsys.readouterr().err
+    Path("r_results.jsonl").unlink()
+    assert run(response_cache, command, "--cache_filepath", "typo.sqlite", *flags) == 2
+    assert "there is no" in capsys.readouterr().err
+    assert not Path("typo.sqlite").exists()
+    assert run(response_cache, command, "--cache_filepath", "typo.sqlite", "--cache_max_days", "-1", *flags) == 2
+
+
 def test_cache_limits(tmp_path: Path) -> None:
     """What is too old does not count and goes; of the rest the newest stay."""
     cache = response_cache.Cache(tmp_path / "c.sqlite", "u", max_days=10, max_megabytes=0.001)
@@ -668,22 +717,6 @@ def test_cache_needs_a_file(server: Server) -> None:
 # ---- examples --------------------------------------------------------------------------------------------------------
 
 COMMAND = re.compile(r"python -m workflows\.(\w+) -c (workflows/examples/(\S+))")
-@pytest.mark.parametrize("command", ["info", "store"])
-def test_cache_commands_tell_what_is_wrong(server: Server, capsys: pytest.CaptureFixture[str], command: str) -> None:
-    """A file that is no cache, and one that is not there, end in a message; nothing is made."""
-    flags = ["--requests_filepath", "r.jsonl"] if command == "store" else []
-    write_samples("r.jsonl", ["a"])
-    Path("r_results.jsonl").touch()
-    Path("broken.sqlite").write_text("no database, no database", "utf-8")
-    assert run(response_cache, command, "--cache_filepath", "broken.sqlite", *flags) == 2
-    assert "the cache broken.sqlite cannot be used: file is not a database" in capsys.readouterr().err
-    Path("r_results.jsonl").unlink()
-    assert run(response_cache, command, "--cache_filepath", "typo.sqlite", *flags) == 2
-    assert "there is no" in capsys.readouterr().err
-    assert not Path("typo.sqlite").exists()
-    assert run(response_cache, command, "--cache_filepath", "typo.sqlite", "--cache_max_days", "-1", *flags) == 2
-
-
 COMMANDS = {
     path.name: match
     for path in sorted(EXAMPLES.iterdir())
@@ -713,14 +746,6 @@ def test_help_of_every_workflow(capsys: pytest.CaptureFixture[str]) -> None:
         assert (module.__doc__ or "").split("\n")[0] in capsys.readouterr().out.replace("\n", " ")
 
 
-def test_usage_errors_are_messages(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    """A usage error ends a workflow with its message and exit code 2."""
-
-    def refuse(_argv: list[str] | None) -> int:
-        raise UsageError("no")
-
-    assert _run.main_program(refuse, []) == 2
-    assert capsys.readouterr().err == "Cannot start: no\n"
 def test_a_reader_that_goes_away_is_no_failure(tmp_path: Path) -> None:
     """`| head` ends a program quietly."""
     line = json.dumps([{"model": "m"}, {"choices": []}]) + "\n"
@@ -730,3 +755,11 @@ def test_a_reader_that_goes_away_is_no_failure(tmp_path: Path) -> None:
     assert not done.stderr
 
 
+def test_usage_errors_are_messages(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    """A usage error ends a workflow with its message and exit code 2."""
+
+    def refuse(_argv: list[str] | None) -> int:
+        raise UsageError("no")
+
+    assert _run.main_program(refuse, []) == 2
+    assert capsys.readouterr().err == "Cannot start: no\n"

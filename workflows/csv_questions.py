@@ -71,12 +71,14 @@ def main(argv: list[str] | None = None) -> int:
     source, output, folder = (Path(config["io"][name]) for name in _run.IO_KEYS)
     if output.suffix.lower() != ".csv" or (output.exists() and output.samefile(source)):
         raise UsageError("io.output_file is a .csv file, and another one than io.input_file")
-    _files.refuse_foreign(output, ",".join(COLUMNS))
     requests_path, results_path = _run.checkpoint(folder, output.stem)
+    _files.refuse_foreign(output, ",".join(COLUMNS))
     asked = _files.write_requests(requests_path, (request for _, request in questions(source, model) if request))
     LOGGER.info("%s questions are in %s", f"{asked:,}", source)
     settings = _run.files_of(requests_path, results_path) | model.settings
     settings |= _run.settings_of(runtime) | _run.run_flags(arguments)
+    if not arguments.dry_run:
+        _files.keep_older(output, results_path)
     tally = _run.run_processor(Settings(**settings), arguments.cache_filepath)
     if arguments.dry_run:
         return tally.exit_code
@@ -100,8 +102,9 @@ def main(argv: list[str] | None = None) -> int:
         LOGGER.warning(
             "%d rows have no result yet and are left out; the same command continues.", counts["total"] - written
         )
+    end = "提前结束" if tally.exit_code >= 2 else "处理完成"
     print(
-        f"处理完成: 总数据: {counts['total']}, 成功: {counts['success']}, 失败: {counts['failed']}, "
+        f"{end}: 总数据: {counts['total']}, 成功: {counts['success']}, 失败: {counts['failed']}, "
         f"总Token: {counts['tokens']}, 总耗时: {time.monotonic() - began:.2f}秒, 结果已保存到 {output}"
     )
     return tally.exit_code or (1 if counts["failed"] else 0)

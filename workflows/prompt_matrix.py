@@ -90,19 +90,30 @@ def read_matrix(path: Path, provider: str) -> Matrix:
     folder = Path(config["records_dir"])
     if not folder.is_dir():
         raise UsageError(f"records_dir {folder} is no folder")
-    files = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".")]
-    people: dict[str, Path] = {}
-    for file in files:
-        if file.suffix.lower() not in RECORD_ENDINGS:
-            LOGGER.warning("%s is left out: records end in %s", file, ", ".join(RECORD_ENDINGS))
-        elif file.stem in people:
-            raise UsageError(f"{file} and {people[file.stem].name} are the same person by their names: rename one")
-        else:
-            people[file.stem] = file
+    people = read_people(folder, Path(config["output_dir"]))
     if not people:
         raise UsageError(f"records_dir {folder} holds no records ({', '.join(RECORD_ENDINGS)})")
     prompts = read_prompts(Path(config["prompts_file"]))
     return Matrix(read_models(config, provider), prompts, people, Path(config["output_dir"]), config)
+
+
+def read_people(folder: Path, output: Path) -> dict[str, Path]:
+    """The records of a folder by their names; what is no record is told, but for the output that lies there."""
+    people: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        if file.name.startswith(".") or file.resolve() == output.resolve():
+            continue
+        if file.is_dir():
+            LOGGER.warning("%s is left out: records lie in records_dir itself, not in folders of it", file)
+        elif file.suffix.lower() not in RECORD_ENDINGS:
+            LOGGER.warning("%s is left out: records end in %s", file, ", ".join(RECORD_ENDINGS))
+        elif file.stem in people:
+            raise UsageError(f"{file} and {people[file.stem].name} are the same person by their names: rename one")
+        elif not read_record(file).strip():
+            LOGGER.warning("%s is left out: it is empty", file)
+        else:
+            people[file.stem] = file
+    return people
 
 
 def read_models(config: _run.Config, provider: str) -> dict[str, _run.Model]:
@@ -180,9 +191,12 @@ def safe_name(name: str) -> str:
 
 
 def refuse_collisions(matrices: list[Matrix]) -> None:
-    """Raise UsageError if two outputs would share a file, or a file is not ours to replace."""
+    """Raise UsageError if two outputs would share a file, or two configs a checkpoint, or a file is not ours."""
     owners: dict[str, str] = {}
-    for matrix in matrices:
+    folders = [matrix.folder.resolve() for matrix in matrices]
+    for matrix, folder in zip(matrices, folders, strict=True):
+        if folders.count(folder) > 1:
+            raise UsageError(f"output_dir {matrix.folder} stands in two configs: side by side each needs its own")
         for model, person in matrix.pairs:
             path = matrix.output(model, person)
             place = unicodedata.normalize("NFC", str(path.resolve())).casefold()
@@ -252,6 +266,9 @@ def run_matrix(matrix: Matrix, arguments: argparse.Namespace) -> int:
     for pairs in by_url.values():
         stem = "conversations" if len(by_url) == 1 else safe_name(pairs[0][0])
         requests_path, results_path = _run.checkpoint(matrix.folder / "checkpoint", stem)
+        if not arguments.dry_run:
+            for pair in pairs:
+                _files.keep_older(matrix.output(*pair), results_path)
         talks = (talk[:2] for pair in pairs for talk in conversations(matrix, pair))
         _files.write_requests(requests_path, talks)
         settings = _run.files_of(requests_path, results_path) | {"save_details": True}
