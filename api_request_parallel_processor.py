@@ -1511,7 +1511,7 @@ DECODE = json.JSONDecoder(parse_float=finite, parse_constant=finite).decode
 MAX_NESTING = 500  # levels: what can be read can be written, whatever the Python version and with or without orjson
 LEVELS, NO_BRACKETS = {91: 1, 93: -1, 123: 1, 125: -1}, bytes(set(range(256)) - set(b'[]{}"'))
 DIGITS = bytes.maketrans(b"123456789[:- \t\r\n", b"000000000,,,,,,,")
-LONG_INTEGER = b"," + b"0" * 19  # after DIGITS: perhaps beyond 64 bits, a float to orjson; of every 4th byte 4 show it
+LONG_INTEGER = b"," + b"0" * 19  # after DIGITS: perhaps beyond 64 bits, a float to orjson; of every 6th byte 3 show it
 IDENTITY_BYTES, BUCKETS, BLOCK = 12, 4096, 1 << 20
 STAMP = ".%Y%m%dT%H%M%S.%fZ.jsonl"  # makes a name that is free
 PRIVATE = partial(os.open, mode=0o600)  # opener of files that only their owner can read
@@ -1525,7 +1525,7 @@ def loads(data: bytes | str) -> Any:
         if max(accumulate(LEVELS[mark] for mark in b"".join(marks.split(b'"')[::2])), default=0) > MAX_NESTING:
             raise ValueError("nested too deep")
     try:
-        if orjson and not (b"0000" in data[::4].translate(DIGITS) and LONG_INTEGER in (b"," + data).translate(DIGITS)):
+        if orjson and not (b"000" in data[::6].translate(DIGITS) and LONG_INTEGER in (b"," + data).translate(DIGITS)):
             return orjson.loads(data)
     except ValueError:
         pass  # a lone surrogate, or an error that the standard library words better
