@@ -1690,7 +1690,7 @@ class ResultsFile:
             self._size, done = end, 0
             try:
                 while done < len(self.queue):
-                    done += self._file.write(self.queue[done:])
+                    done += self._file.write(memoryview(self.queue)[done:])
             finally:
                 whole = self.queue.rfind(b"\n", 0, done) + 1
                 del self.queue[:whole]
