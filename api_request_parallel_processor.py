@@ -93,13 +93,13 @@ except ImportError:
 
 __version__ = "0.1.0"
 __all__ = [
-    "IDENTITY_BYTES", "LOGGER", "MOST_CONCURRENT", "PROVIDERS", "Action", "ConsoleHandler", "Cost", "Endpoint",
-    "LearnedTokens", "Outcome", "Pacer", "Reader", "Reply", "Reporter", "Request", "ResultsFile", "ResultsLost", "Run",
-    "Secrets", "ServerLimits", "Settings", "Tally", "Tokenizer", "UsageError", "build_parser", "complain", "conclude",
-    "dumps", "duration", "each_endpoint", "error_words", "estimate_text", "estimate_tokens", "explain", "find_provider",
-    "find_shape", "hear_signals", "identity", "judge", "likely_mistake", "loads", "locked", "make_endpoint", "one_line",
-    "open_files_for", "parse_line", "process_api_requests_from_file", "read_bounded", "read_limits", "read_result",
-    "read_usage", "refuse_open_batches", "retry_delay", "run_job"]  # fmt: skip
+    "BLANKS", "IDENTITY_BYTES", "LOGGER", "MOST_CONCURRENT", "PROVIDERS", "Action", "ConsoleHandler", "Cost",
+    "Endpoint", "LearnedTokens", "Outcome", "Pacer", "Reader", "Reply", "Reporter", "Request", "ResultsFile",
+    "ResultsLost", "Run", "Secrets", "ServerLimits", "Settings", "Tally", "Tokenizer", "UsageError", "build_parser",
+    "complain", "conclude", "dumps", "duration", "each_endpoint", "error_words", "estimate_text", "estimate_tokens",
+    "explain", "find_provider", "find_shape", "hear_signals", "identity", "judge", "likely_mistake", "loads", "locked",
+    "make_endpoint", "one_line", "open_files_for", "parse_line", "process_api_requests_from_file", "read_bounded",
+    "read_limits", "read_result", "read_usage", "refuse_open_batches", "retry_delay", "run_job"]  # fmt: skip
 
 STATIONS = ("read", "estimate", "pace", "send", "judge", "record", "report")
 LOGGER = logging.getLogger("api_request_parallel_processor")

@@ -35,13 +35,14 @@ from api_request_parallel_processor import (
     make_endpoint,
     open_files_for,
 )
-from workflows._ray_leases import LANES, ClusterPacer, Grant, LeasedPacer, Leases, News, Purse, Want
+from workflows._ray_leases import BATCH_SECONDS, LANES, ClusterPacer, Grant, LeasedPacer, Leases, News, Purse, Want
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
 HEARTBEAT_SECONDS = 0.25  # between two reports of a worker that has nothing to report
 FEW_REQUESTS = 200  # left to a worker: it should be handed more
+LOOK_AHEAD_SECONDS = 0.05  # at a time, for counting the tokens of what is to be asked for
 MOST_UNREPORTED_BYTES = 64 << 20  # of results that the driver has not fetched: nothing is started then
 
 
@@ -136,7 +137,7 @@ class Budgets:
         loop = asyncio.get_running_loop()
         while True:
             seconds = min([leases.turn(clock()) for leases in self.leases]) - clock()
-            timer = loop.call_later(max(seconds, 0.001), self.kicked.set) if seconds < math.inf else None
+            timer = loop.call_later(max(seconds, BATCH_SECONDS), self.kicked.set) if seconds < math.inf else None
             await self.kicked.wait()
             self.kicked.clear()
             if timer:
@@ -144,26 +145,49 @@ class Budgets:
 
 
 class HandedReader(Reader):
-    """Gives the requests that the driver hands over; `hungry` is called when few are left."""
+    """Reads the lines that the driver hands over; `hungry` is called when few are left, `wake` as in a Reader."""
 
-    def __init__(self, endpoint: Any, tokens: Tokenizer, hungry: Callable[[], object]) -> None:
-        self.endpoint, self.tokens, self.hungry = endpoint, tokens, hungry
-        self.requests = deque[Request]()
+    def __init__(
+        self, endpoint: Any, tokens: Tokenizer, hungry: Callable[[], object], wake: Callable[[], object]
+    ) -> None:
+        self.endpoint, self.tokens, self.hungry, self.wake = endpoint, tokens, hungry, wake
+        self.lines, self.ahead = deque[tuple[int, bytes]](), deque[Request]()  # the latter: read before their turn
+        self.number, self.given, self.limit, self.preparing = 0, 0, math.inf, None
         self.due, self.more, self.ended = math.inf, True, False
 
-    def hand(self, requests: list[Request], *, more: bool) -> None:
-        """Take over requests; `more`: others may follow."""
-        self.requests += requests
-        self.more, self.ended = more, not (more or self.requests)
+    @property
+    def left(self) -> int:
+        """How many lines the loop has not come to."""
+        return len(self.lines) + len(self.ahead) + (self.preparing is not None)
 
-    def next(self, _now: float) -> Request | None:
+    def hand(self, lines: list[tuple[int, bytes]], *, more: bool) -> None:
+        """Take over lines with their numbers; `more`: others may follow."""
+        self.lines += lines
+        self.more, self.ended = more, not (more or self.left)
+
+    def next(self, now: float) -> Request | None:
         """Give the next request; None if there is none (`ended`) or not yet."""
-        self.due = math.inf
-        request = self.requests.popleft() if self.requests else None
-        if len(self.requests) in (FEW_REQUESTS, 0):
+        request = self.ahead.popleft() if self.ahead else super().next(now)
+        if self.left in (FEW_REQUESTS, 0):
             self.hungry()
-        self.ended = not (self.more or self.requests)
+        self.ended = not (self.more or self.left)
         return request
+
+    def look_ahead(self, number: int) -> list[Request]:
+        """So many of the next requests, or as many as can be read in a moment."""
+        late = clock() + LOOK_AHEAD_SECONDS
+        while len(self.ahead) < number and clock() < late and (request := super().next(clock())):
+            self.estimate(request)
+            self.ahead.append(request)
+        self.ended = not (self.more or self.left)
+        return list(islice(self.ahead, number))
+
+    def _next_line(self, _now: float) -> bytes | None:
+        if not self.lines:
+            return None if self.more else b""
+        number, line = self.lines.popleft()
+        self.number = number - 1
+        return line
 
     def expected_total(self) -> float:
         """The driver knows."""
@@ -227,15 +251,17 @@ class LogLines(logging.Handler):
 class Worker:
     """The actor that runs the loop over what the driver hands to it."""
 
-    async def begin(self, name: str, rows: list[Settings], budgets: Any, batch_seconds: float) -> str:
+    async def begin(self, name: str, rows: list[Settings], budgets: Any, message_seconds: float) -> str:
         """Prepare the run with the settings of each endpoint; gives the name of the machine.
+
+        Messages on the same matter are so many seconds apart: the first goes at once, then many things are in one.
 
         The settings hold the key: as an argument of a method it is kept in memory only, whereas Ray writes arguments
         of constructors to its store and environments of actors to its logs.
         """
         sys.set_int_max_str_digits(0)
         gc.set_threshold(100_000, 20, 100)
-        self.name, settings, self.budgets, self.batch_seconds = name, rows[0], budgets, batch_seconds
+        self.name, settings, self.budgets, self.message_seconds = name, rows[0], budgets, message_seconds
         loop, self.stack = asyncio.get_running_loop(), contextlib.AsyncExitStack()
         self.wake, self.news, self.work = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.logs, secrets = LogLines(lambda: loop.call_soon_threadsafe(self.news.set)), Secrets()
@@ -244,7 +270,8 @@ class Worker:
         endpoints = [make_endpoint(row, secrets) for row in rows]
         LOGGER.addHandler(self.logs)
         LOGGER.setLevel(max(1, int(level)) if level.isdecimal() else level)
-        self.reader = HandedReader(endpoints[0], Tokenizer(settings.token_encoding_name), self.news.set)
+        tokens, wake = Tokenizer(settings.token_encoding_name), lambda: loop.call_soon_threadsafe(self.wake.set)
+        self.reader = HandedReader(endpoints[0], tokens, self.news.set, wake)
         self.outbox, self.pacers, jobs = Outbox(self.news.set), list[LeasedPacer](), [self._work()]
         most = open_files_for(settings.max_concurrent_requests or MOST_CONCURRENT)
         for index, endpoint in enumerate(endpoints):
@@ -261,7 +288,7 @@ class Worker:
 
     def upcoming(self, number: int) -> list[Cost]:
         """The costs of so many of the next requests."""
-        requests = list(islice(self.reader.requests, number))
+        requests = [request for request in self.reader.look_ahead(number) if not request.problem]
         return [self.run.learned.cost(request.model, self.reader.estimate(request)) for request in requests]
 
     def price(self, cost: Cost) -> float:
@@ -269,8 +296,8 @@ class Worker:
         output = (cost.expected if self.run.learned else cost.worst) - cost.prompt
         return self.run.settings.price(cost.prompt, output)
 
-    async def exchange(self, requests: list[Request], *, more: bool, stop: str) -> Report:
-        """Take over requests and give what there is to report: soon if there is something."""
+    async def exchange(self, lines: list[tuple[int, bytes]], *, more: bool, stop: str) -> Report:
+        """Take over lines of the request file and give what there is to report: soon if there is something."""
         for task in self.tasks:
             if task.done():
                 task.result()
@@ -278,14 +305,14 @@ class Worker:
             self.run.stop(stop)
             for pacer in self.pacers:
                 pacer.close()
-        self.reader.hand(requests, more=more)
-        if requests:
+        self.reader.hand(lines, more=more)
+        if lines:
             self.idle = False
             self.work.set()
         self.wake.set()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.news.wait(), HEARTBEAT_SECONDS)
-            await asyncio.sleep(self.batch_seconds)
+            await asyncio.sleep(self.message_seconds)
         self.news.clear()
         return self._report()
 
@@ -302,7 +329,7 @@ class Worker:
             in_flight=len(run.in_flight),
             waiting=len(run.retries) + len(run.limbo),
             oldest=max(0.0, clock() - oldest),
-            left=len(self.reader.requests),
+            left=self.reader.left,
             idle=self.idle,
             down=all(endpoint.outage.down for endpoint in run.endpoints),
             troubled=run.trouble_since < math.inf,
@@ -318,7 +345,7 @@ class Worker:
             await self.run.process_requests()
             for pacer in self.pacers:
                 pacer.blocked = None
-            self.idle = not self.reader.requests or self.run.stopped_by != ""
+            self.idle = not self.reader.left or self.run.stopped_by != ""
             self.news.set()
 
     async def _drain_at_end_of(self, job: Coroutine[Any, Any, None]) -> None:
@@ -336,13 +363,14 @@ class Worker:
             if not in_line:
                 await asks.wait()
             asks.clear()
-            asked_at = clock()
-            wants = pacer.wanted(asked_at) if self.outbox.bytes < MOST_UNREPORTED_BYTES else []
+            wants = pacer.wanted(clock()) if self.outbox.bytes < MOST_UNREPORTED_BYTES else []
+            asked_at = clock()  # counting tokens took a while
             if wants or in_line:
                 news = pacer.news(self.run.tally.spent)
                 grants = await self.budgets.lease.remote(endpoint, self.name, lane, wants, news)
                 pacer.take_in(grants, len(wants), asked_at)
                 in_line = bool(wants) and not grants
+                await asyncio.sleep(max(0.0, asked_at + self.message_seconds - clock()))
 
     async def _tell(self, endpoint: int, pacer: LeasedPacer, tells: asyncio.Event) -> None:
         """Report what ended: little at once, much together."""
@@ -350,4 +378,6 @@ class Worker:
             await tells.wait()
             tells.clear()
             if pacer.finished or pacer.unused:
+                told_at = clock()
                 await self.budgets.tell.remote(endpoint, self.name, pacer.news(self.run.tally.spent))
+                await asyncio.sleep(max(0.0, told_at + self.message_seconds - clock()))

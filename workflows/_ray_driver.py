@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from api_request_parallel_processor import (
+    BLANKS,
     LOGGER,
     LearnedTokens,
     Pacer,
@@ -38,6 +39,7 @@ BYTES_PER_SHARD = 4 << 20
 SHARES = 4  # shards for each worker that what is left to read is cut into: the later, the smaller
 FEW_REQUESTS = 200  # left to a worker: it is handed more
 STAMP = "%Y%m%dT%H%M%S"
+KEPT_IN_MIND = 100  # messages of workers: another worker's is told only if it says something else
 LOST_AT_MOST = 5  # workers in a row, without any success in between: then it is not the machines
 DRIVERS_OWN = {"read", "finished_before", "seconds", "exit_code", "stop_reason"}  # of a tally
 
@@ -69,6 +71,11 @@ class JoinedResults(ResultsFile):
                         self.left_behind.setdefault(result[0], []).append((shard, place))
                     place += len(line)
         self.resumed = self.resumed or bool(self.left_behind)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether there are old results, so that a request may be finished already."""
+        return bool(self.finished_before or self.failed_before or self.left_behind)
 
     def take(self, identity: bytes) -> bool:
         """Whether this request is finished already, here or in a shard that was left behind."""
@@ -111,18 +118,18 @@ class Shard:
 
     number: int
     path: Path  # of its results
-    requests: dict[int, Request]  # those without a result yet, by line number
+    lines: dict[int, bytes]  # those without a result yet, by their number
     file: IO[bytes] | None = None
 
     def keep(self, results: dict[int, bytes]) -> None:
-        """Write results of its requests, by line number. Raises OSError."""
+        """Write results, by line number. Raises OSError."""
         if self.file is None:
             self.path.parent.mkdir(mode=0o700, exist_ok=True)
             self.file = open(self.path, "ab", opener=partial(os.open, mode=0o600))  # noqa: SIM115 - an opener
         self.file.writelines(results.values())
         self.file.flush()
-        for line in results:
-            del self.requests[line]
+        for number in results:
+            del self.lines[number]
 
     def close(self) -> bytes:
         """Give all of its results."""
@@ -136,17 +143,28 @@ class Shard:
 
 
 class ShardReader(Reader):
-    """Reads the request file for the driver; the workers count the tokens."""
+    """Reads the request file for the driver; the workers parse the lines and count their tokens."""
 
+    line: bytes | None = b""  # the latest one, as it stands
     read_bytes = 0
+
+    def next_line(self, now: float) -> bool:
+        """Read up to the next line that is not blank; False if there is none (`ended`) or not yet."""
+        self.due, self.line = math.inf, b"\n"
+        while self.line and not self.line.strip(BLANKS):
+            self.line = b"" if self.ended or self.given >= self.limit else self._next_line(now)
+            self.number += bool(self.line)
+        self.ended = self.line == b""
+        self.given += bool(self.line)
+        return bool(self.line)
 
     def estimate(self, _request: Request) -> Any:
         """Leave that to the workers."""
 
     def _next_line(self, now: float) -> bytes | None:
-        line = super()._next_line(now)
-        self.read_bytes += len(line or b"")
-        return line
+        self.line = super()._next_line(now)
+        self.read_bytes += len(self.line or b"")
+        return self.line
 
 
 # ---- the driver ------------------------------------------------------------------------------------------------------
@@ -209,13 +227,14 @@ class Driver:
     """
 
     def __init__(self, run: Run, results: JoinedResults) -> None:
-        self.run, self.results = run, results
+        assert isinstance(run.reader, ShardReader)
+        self.run, self.reader, self.results = run, run.reader, results
         self.stamp, self.cut, self.size = f"{datetime.now(UTC):{STAMP}}", 0, LINES_PER_SHARD[0]
         self.waiting: deque[Shard] = deque()  # to be handed out
         self.shard_of: dict[int, Shard] = {}  # by line number, of what is handed out
         self.joined: list[Path] = []  # files whose lines are about to be written into the results file
         self.slots: list[Slot] = []
-        self.told = set[str]()
+        self.told = deque[str](maxlen=KEPT_IN_MIND)  # warnings of workers
         self.lost_in_a_row, self.last_success = 0, -1
 
     async def find_work(self) -> bool:
@@ -254,20 +273,28 @@ class Driver:
 
     def cut_shard(self, now: float) -> bool:
         """Read the next shard; false if there is nothing to read yet."""
-        run, reader, requests = self.run, self.run.reader, dict[int, Request]()
-        assert isinstance(reader, ShardReader)
+        reader, lines = self.reader, dict[int, bytes]()
         least, most = LINES_PER_SHARD
         left, start = reader.expected_total() - reader.given, reader.read_bytes
         if left < math.inf and self.slots:
             self.size = int(min(most, max(least, left / SHARES / len(self.slots))))
-        while len(requests) < self.size and reader.read_bytes - start < BYTES_PER_SHARD:
-            if (request := run.read_line(now)) is None:
+        while len(lines) < self.size and reader.read_bytes - start < BYTES_PER_SHARD:
+            if not (number := self.read_line(now)):
                 break
-            requests[request.line] = request
-        if requests:
+            lines[number] = reader.line or b""
+        if lines:
             self.cut += 1
-            self.waiting.append(Shard(self.cut, self.results.folder / f"{self.stamp}-{self.cut:06}.jsonl", requests))
-        return bool(requests) or reader.due <= now
+            self.waiting.append(Shard(self.cut, self.results.folder / f"{self.stamp}-{self.cut:06}.jsonl", lines))
+        return bool(lines) or reader.due <= now
+
+    def read_line(self, now: float) -> int:
+        """Read up to the next line that is not finished yet; gives its number, or 0. Only old results need parsing."""
+        if self.results.remembers:
+            request = self.run.read_line(now)
+            return request.line if request else 0
+        found = self.reader.next_line(now)
+        self.run.tally.read += found
+        return found and self.reader.number
 
     async def serve(self, slot: Slot) -> None:
         """Exchange requests for results with one worker, and with its successors if it is lost."""
@@ -279,22 +306,22 @@ class Driver:
                 await self.machines.begin(actor, slot.name)
                 slot.actor = actor
                 while True:
-                    requests, stop = self.shard_for(slot), self.run.stopped_by
-                    report = await actor.exchange.remote(requests, more=not self.exhausted, stop=stop)
+                    lines, stop = self.shard_for(slot), self.run.stopped_by
+                    report = await actor.exchange.remote(lines, more=not self.exhausted, stop=stop)
                     self.take_in(slot, report)
             except self.machines.errors as error:
                 self.lose(slot, error)
                 self.machines.fire(actor, slot.name)
             await asyncio.sleep(1.0)
 
-    def shard_for(self, slot: Slot) -> list[Request]:
-        """The requests of the next shard, if this worker has few left."""
+    def shard_for(self, slot: Slot) -> list[tuple[int, bytes]]:
+        """The lines of the next shard, if this worker has few left."""
         if not self.waiting or slot.report.left > min(FEW_REQUESTS, self.size // 2) or self.run.stopped_by:
             return []
         shard = self.waiting.popleft()
         slot.shards[shard.number] = shard
-        self.shard_of.update(dict.fromkeys(shard.requests, shard))
-        return list(shard.requests.values())
+        self.shard_of.update(dict.fromkeys(shard.lines, shard))
+        return list(shard.lines.items())
 
     # what comes in
 
@@ -302,7 +329,7 @@ class Driver:
         """Take in what a worker reports."""
         for level, text in report.logs:
             if level < logging.INFO or text not in self.told:  # all say the same about what is wrong
-                self.told.update([text] if level >= logging.INFO else [])
+                self.told.extend([text] if level >= logging.INFO else [])
                 LOGGER.log(level, "%s", text)
         found: dict[int, dict[int, bytes]] = {}
         for line, result in report.results:
@@ -310,7 +337,7 @@ class Driver:
         try:
             for number, results in found.items():
                 slot.shards[number].keep(results)
-                if not slot.shards[number].requests:
+                if not slot.shards[number].lines:
                     self.join(slot.shards.pop(number))
         except OSError as error:
             self.run.stop("results", f"{self.results.folder}: {error.strerror}. Make room, then go on.")
@@ -339,11 +366,11 @@ class Driver:
         if (missing := re.search(r"No module named '([\w.]+)'", str(error))) and not self.run.tally.calls:
             packages = f"`pip install '{missing[1]}'` on every node, or a runtime environment"
             raise UsageError(f"a node of the cluster lacks the package {missing[1]}: {packages}")
-        left = [shard for shard in slot.shards.values() if shard.requests]
-        lost = sum(len(shard.requests) for shard in left)
+        left = [shard for shard in slot.shards.values() if shard.lines]
+        lost = sum(len(shard.lines) for shard in left)
         LOGGER.warning("Worker %s was lost (%s); its %d requests go to others.", slot.name, brief(error), lost)
         self.waiting.extendleft(reversed(left))
-        for line in [line for shard in left for line in shard.requests]:
+        for line in [line for shard in left for line in shard.lines]:
             del self.shard_of[line]
         slot.shards, slot.report, slot.actor = {}, Report(), None
         self.lost_in_a_row += 1

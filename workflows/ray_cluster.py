@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from api_request_parallel_processor import Endpoint
 
 PATIENCE_SECONDS = 15.0  # with a worker that has not begun, before a word about it
-REPORTS_PER_SECOND = 500.0  # that the driver has time for
+MESSAGE_SECONDS, MESSAGES_PER_SECOND = (0.05, 0.25), 150.0  # between two of a worker; of all: each takes Ray some CPU
 
 
 class Cluster:
@@ -108,7 +108,8 @@ class Cluster:
 
     async def begin(self, actor: Any, name: str) -> None:
         """Wait until it runs, and tell it what the run is."""
-        seconds = max(0.02, self.workers / REPORTS_PER_SECOND)
+        least, most = MESSAGE_SECONDS
+        seconds = min(most, max(least, self.workers / MESSAGES_PER_SECOND))
         words = "Worker %s waits for a free core in the cluster (`ray status`); the others go on."
         patience = asyncio.get_running_loop().call_later(PATIENCE_SECONDS, LOGGER.warning, words, name)
         try:
