@@ -72,11 +72,6 @@ class JoinedResults(ResultsFile):
                     place += len(line)
         self.resumed = self.resumed or bool(self.left_behind)
 
-    @property
-    def remembers(self) -> bool:
-        """Whether there are old results, so that a request may be finished already."""
-        return bool(self.finished_before or self.failed_before or self.left_behind)
-
     def take(self, identity: bytes) -> bool:
         """Whether this request is finished already, here or in a shard that was left behind."""
         if super().take(identity):
@@ -289,7 +284,7 @@ class Driver:
 
     def read_line(self, now: float) -> int:
         """Read up to the next line that is not finished yet; gives its number, or 0. Only old results need parsing."""
-        if self.results.remembers:
+        if self.results.resumed:
             request = self.run.read_line(now)
             return request.line if request else 0
         found = self.reader.next_line(now)
