@@ -33,6 +33,11 @@ provider is a row of PROVIDERS, a flag a field of Settings, retries are station 
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run hears it, Ctrl-C ends all, without a traceback
+
 import argparse
 import asyncio
 import base64
@@ -52,9 +57,7 @@ import queue
 import random
 import re
 import shutil
-import signal
 import ssl
-import stat
 import sys
 import tempfile
 import textwrap
@@ -513,10 +516,10 @@ class Reader:
         self.number, self.given, self.due, self.ended = 0, 0, 0.0, False
         self.preparing: asyncio.Future[Request] | None = None  # a long line, in a thread
         self.patience_ends = math.inf  # with a torn last line
-        status, self.queue = os.fstat(file.fileno()), queue.Queue[bytes](maxsize=256)
-        self.size = status.st_size if stat.S_ISREG(status.st_mode) else 0  # 0: read by the thread
+        self.queue, place = queue.Queue[bytes](maxsize=256), file.fileno()
+        self.size = os.fstat(place).st_size if os.path.isfile(place) else 0  # 0: read by the thread
         if not self.size:  # subtle: a file object of its own, since Python locks that of standard input when it ends
-            own = os.fdopen(os.dup(file.fileno()), "rb")
+            own = os.fdopen(os.dup(place), "rb")
             threading.Thread(target=self._pump, args=(own,), daemon=True).start()
 
     def _pump(self, file: IO[bytes]) -> None:

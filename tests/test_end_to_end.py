@@ -263,6 +263,22 @@ def test_a_signal_drains(provider: ProviderProcess, job: Path, results: Path, na
 
 
 @posix
+def test_an_interrupt_before_the_run_has_begun(job: Path) -> None:
+    """Ctrl-C while modules are still imported ends the program without a traceback; nothing was touched."""
+    (job.parent / "aiohttp.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    write_lines(job, chats(1))
+    done = subprocess.run(
+        command(job, "http://127.0.0.1:9" + CHAT),
+        env=clean_environment(PYTHONPATH=str(job.parent)),
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
+    assert sorted(path.name for path in job.parent.glob("*.*")) == ["aiohttp.py", "job.jsonl"]
+
+
+@posix
 def test_a_second_signal_stops_at_once(provider: ProviderProcess, job: Path, results: Path) -> None:
     """What hangs is not waited for, and no line is torn."""
     rules = [{"contains": f"question {i:03}.", "fault": "hang"} for i in range(10, 60)]
