@@ -470,7 +470,7 @@ class Run:
     def stop(self, why: str, *reason: str) -> None:
         """Start nothing any more; the first reason counts."""
         if not self.stopped_by:
-            self.stopped_by, self.tally.stop_reason = why, " ".join(f"{text.rstrip('. ')}." for text in reason if text)
+            self.stopped_by, self.tally.stop_reason = why, " ".join(f"{one.rstrip('. 。')}." for one in reason if one)
 
 
 # ==== 1 read: the next line becomes a request; finished ones are skipped ==============================================
@@ -2274,7 +2274,8 @@ SHAPES = {
     "deepinfra": Shape("*/v1/inference/*", ("input", "inputs", "prompt"), "inference_status", (str, list, dict),
         "inference_status", ("tokens_input",), ("tokens_generated",))}
 MODEL_MISSING = r"^\S*(model|deployment)|valid model|model.{0,99}not exist|模型.{0,9}不存在"  # its start is the code
-KEY_STARTS = {"sk-ant-": "anthropic", "sk-or-": "openrouter", "gsk_": "groq", "AIza": "gemini", r"\w{32}\.": "zhipu"}
+KEY_STARTS = {"sk-ant-": "anthropic", "sk-or-": "openrouter", "sk-(proj|svcacct|admin)-": "openai", "gsk_": "groq",
+    "AIza": "gemini", r"\w{32}\.": "zhipu"}
 OPENAI_CODES = {r"(insufficient_quota|credit_balance|billing)\w*|\w+(spend|usage)_limit\w*": "no_money"}
 GOOGLE_CODES = {".*(PerDay|credits.*depleted).*": "no_money", ".*API.KEY.(not |in)valid.*|FAILED_PRECONDITION": "auth"}
 PROVIDERS = {row.name: row for row in (

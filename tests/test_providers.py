@@ -570,6 +570,7 @@ MISTAKES = [
     ("https://api.anthropic.com/v1/messages", "gsk_abc", 401, None, "groq"),
     ("https://api.openai.com/v1/chat/completions", "AIzaSyabc", 401, None, "gemini"),
     ("https://api.openai.com/v1/chat/completions", "sk-or-v1-abc", 401, None, "openrouter"),
+    ("https://api.deepseek.com/chat/completions", "sk-proj-abc", 401, None, "looks like one of openai"),
     ("https://api.deepseek.com/chat/completions", f"{'0a' * 16}.abcdefgh", 401, None, "zhipu"),
     ("https://dashscope-intl.aliyuncs.com/compatible-mode/v1/chat/completions", "sk-1", 401, None, "region"),
     ("https://api.moonshot.ai/v1/chat/completions", "sk-1", 401, None, "api.moonshot.ai"),
