@@ -341,8 +341,7 @@ class Run:
         if reply.status and (reply.status < 500 or action is not Action.RETRY):  # a sign of life
             if endpoint.outage.answered(request.started):
                 LOGGER.warning("The provider (%s) answers again; going on.", endpoint.name)
-            if self.limbo:
-                self.fail_limbo(endpoint.outage)
+            self.fail_limbo(endpoint.outage)
         if action is Action.DONE:
             self.trouble_since = math.inf
             self.record(request, reply, usage)
@@ -373,7 +372,7 @@ class Run:
         if refused:
             heapq.heappush(self.retries, (now, request.line, request))
         elif action is Action.RETRY:
-            self.try_again(request, endpoint, verdict, reply.status, now)
+            self.try_again(request, endpoint, verdict, reply, now)
         else:
             self.record(request)
             reason = f"{verdict.kind} {reply.status} {verdict.code or re.sub('[0-9]+', '', verdict.message)}"
@@ -391,12 +390,12 @@ class Run:
             self.endpoints.remove(endpoint)
             LOGGER.warning("%s is left out from now on: %s", endpoint.name, " ".join(filter(None, reason)))
 
-    def try_again(self, request: Request, endpoint: Endpoint, verdict: Verdict, status: int, now: float) -> None:
+    def try_again(self, request: Request, endpoint: Endpoint, verdict: Verdict, reply: Reply, now: float) -> None:
         """Back off after a passing failure. In an outage the attempt is excused, except for the last request left."""
         waiting = len(self.retries) + len(self.limbo) + (self.hand is not None)
         left = waiting + len(self.in_flight) + 1 if self.reader.ended else math.inf
-        if left > 1 and (not status or status >= 500):
-            enough = max(2, waiting + 1) if self.reader.ended and status in (0, 503) else OUTAGE_STREAK
+        if left > 1 and (not reply.status or reply.status >= 500):
+            enough = max(2, waiting + 1) if self.reader.ended and reply.status in (0, 503) else OUTAGE_STREAK
             newest_first = (other for other, _ in reversed(self.in_flight.values()) if other.endpoint is endpoint)
             if endpoint.outage.failed(request, enough, newest_first, now):
                 message = "The provider (%s) seems to be down: %s. The queue is kept, probes go on."
@@ -406,8 +405,9 @@ class Run:
                     del self.limbo[other]
         tries = request.attempts - request.excused
         if tries < self.settings.max_attempts:
-            delay = 0.0 if endpoint.outage.down else retry_delay(tries, self.random)
-            heapq.heappush(self.retries, (now + delay, request.line, request))
+            told = read_limits(reply, endpoint.provider, time.time()) or ServerLimits()
+            delay = max(retry_delay(tries, self.random), told.retry_after or 0.0)
+            heapq.heappush(self.retries, (now + delay * (not endpoint.outage.down), request.line, request))
         elif left > 1:
             self.limbo[request] = endpoint.outage
         else:
@@ -1010,7 +1010,7 @@ class Pacer:
         if outcome is Outcome.ACCEPTED:
             self._watch_queue(self._window, ticket.at, now)
         elif refused:
-            pause, asked = 0.0, told.retry_after if told else None
+            pause, asked = 0.0, (told.retry_after if told else None) or None  # 0 is no word about the pace
             if ticket.at > self._cut and asked is None and self._is_chance(now):
                 self._cut = now
             elif ticket.at > self._cut:  # what started before a refusal was heard only prolongs the pause
@@ -1019,7 +1019,7 @@ class Pacer:
                     rate.taken *= self._blamed == now
             elif self._capped and self._window.quiet_until > now:
                 self._window.value = max(1.0, min(self._window.value, ticket.flight - 1.0))
-            self.paused_until = max(self.paused_until, now + (min(asked, 900.0) if asked and asked > 0 else pause))
+            self.paused_until = max(self.paused_until, now + (min(asked, 900.0) if asked else pause))
             self._mark_at = self._mark_at if self._blamed == self._cut else max(now, self.paused_until)
 
     def _is_chance(self, now: float) -> bool:
@@ -1393,7 +1393,7 @@ def read_limits(reply: Reply, provider: Provider, utc_now: float) -> ServerLimit
     refused = reply.status >= 400 or bool(only(dict, reply.body).get("error"))
     if not refused and "limit" not in " ".join(reply.headers).lower():
         return None
-    headers = {name.lower(): text for name, text in reply.headers.items()}
+    headers = {name.lower().removeprefix("llm_provider-"): text for name, text in reply.headers.items()}  # LiteLLM's
     figures: dict[tuple[str, str], float] = {}
     for name in filter(LIMIT_HEADERS.get, headers):
         what, figure = LIMIT_HEADERS[name]

@@ -361,6 +361,20 @@ def test_the_pause_that_a_server_asks_for_is_obeyed(asked: float, least: float, 
     assert least <= run_until(pacer, ONE, 0.1) <= most + 0.1
 
 
+def test_asking_for_no_pause_is_no_word_about_the_pace() -> None:
+    """Random refusals with `retry-after: 0` cost as little as those that say nothing."""
+
+    def seconds_of_a_job(told: ServerLimits | None) -> float:
+        pacer, now, chance = Pacer(6000), 0.0, random.Random(1)
+        for _ in range(1000):
+            now = run_until(pacer, ONE, now)
+            refused = chance.random() < 0.1
+            pacer.finish(pacer.start(ONE, now), REFUSED if refused else ACCEPTED, now, None, told if refused else None)
+        return now
+
+    assert seconds_of_a_job(ServerLimits(retry_after=0)) == seconds_of_a_job(None)
+
+
 ABSURD = (math.nan, math.inf, -math.inf, -1.0, 0.0, 1e-300, 1e300)
 
 

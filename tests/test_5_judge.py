@@ -394,6 +394,7 @@ LIMITS = [
     ("openai", 429, {"retry-after": "86400"}, ServerLimits(retry_after=600)),
     *[("openai", 429, {"retry-after": text}, ServerLimits()) for text in ("-1", "nan", "inf", "soon", "", "1e999")],
     ("openai", 200, {"retry-after": "7"}, ServerLimits()),
+    ("openai", 429, {"llm_provider-retry-after": "7"}, ServerLimits(retry_after=7)),  # LiteLLM hands it on so
     (
         "openai",
         200,

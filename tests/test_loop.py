@@ -149,6 +149,12 @@ def test_a_hopeless_run_stops_and_marks_nothing_failed(tmp_path: Path, name: str
     assert one_line_each(requests, again.lines)
 
 
+def test_the_reason_of_a_stop_ends_once(tmp_path: Path) -> None:
+    """The provider's own full stop, of whatever script, is not followed by another."""
+    played = play(tmp_path, chats(1), Options(statuses=[{"status": 401, "body": {"message": "无效的密钥。"}}]))
+    assert played.tally.stop_reason.startswith("无效的密钥. Check")
+
+
 @pytest.mark.parametrize("status", [404, 405])
 def test_a_wrong_address_stops_at_the_first_reply(tmp_path: Path, status: int) -> None:
     """404 or 405 as the first reply blames the address, not the requests."""
@@ -184,6 +190,15 @@ def test_a_redirect_is_not_followed(tmp_path: Path) -> None:
     assert target in played.tally.stop_reason + str(played.lines)
     assert played.stats.paths["followed_redirect"] == 0
     assert played.tally.succeeded == 0
+
+
+def test_a_failure_that_asks_for_a_pause_gets_it(tmp_path: Path) -> None:
+    """Retry-After of an overloaded server holds for the request that met it, and the others go on."""
+    rules = [fails("003.", times=2, status=503, body="busy", headers={"Retry-After": "40"})]
+    played = play(tmp_path, chats(30), Options(statuses=rules), max_attempts=3)
+    assert played.tally.exit_code == 0
+    assert 80 <= played.seconds < 100
+    assert played.stats.calls == 32
 
 
 # ---- outages ---------------------------------------------------------------------------------------------------------
