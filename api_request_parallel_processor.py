@@ -1180,7 +1180,7 @@ class Endpoint:
     secrets: Secrets
     settings: Settings  # of this endpoint: its URL, key and limits
     outage: Outage = field(default_factory=lambda: Outage())
-    session: aiohttp.ClientSession | None = None
+    session: aiohttp.ClientSession = field(init=False)
 
     @property
     def name(self) -> str:
@@ -1189,16 +1189,15 @@ class Endpoint:
         return f"{host} ({variable})" if variable else host
 
     async def open(self, stack: contextlib.AsyncExitStack) -> None:
-        """Open the connection pool, without aiohttp's limits of connections and time; `stack` closes it."""
+        """Open the connection pool, without aiohttp's limits of connections, time and headers; `stack` closes it."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)  # the loop ends what takes too long
         pool, jar = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300), aiohttp.DummyCookieJar()
-        more = {"headers": {"Accept-Encoding": "gzip, deflate", **self.headers}, "auto_decompress": False}
-        session = aiohttp.ClientSession(connector=pool, cookie_jar=jar, timeout=timeout, **more)  # type: ignore[arg-type]
+        more = {"headers": {"Accept-Encoding": "gzip", **self.headers}, "auto_decompress": False, "timeout": timeout}
+        session = aiohttp.ClientSession(connector=pool, cookie_jar=jar, max_field_size=1 << 16, **more)  # type: ignore[arg-type]
         self.session = await stack.enter_async_context(session)
 
     async def send(self, body: dict[str, Any]) -> Reply:
         """Send one attempt and read the whole reply. Raises nothing, except when it is cancelled."""
-        assert self.session is not None
         if self.provider.name == "json_gateway":
             body = {"username": self.key, "request": dumps(body).decode()}
         elif body.get("stream") is True and self.provider.asks_usage:  # the user's line stays
@@ -1208,7 +1207,7 @@ class Endpoint:
         try:
             async with self.session.post(self.url, data=content, allow_redirects=False, proxy=self.proxy) as response:
                 reply.status, reply.headers = response.status, response.headers
-                packed = reply.headers.get("Content-Encoding", "identity") != "identity"
+                packed = re.search("(?i)gzip|deflate", reply.headers.get("Content-Encoding", ""))  # some say "utf-8"
                 unpacker = zlib.decompressobj(ZLIB_OR_GZIP) if packed else None
                 while not response.content.at_eof():
                     chunk = await response.content.readany()
@@ -1221,7 +1220,7 @@ class Endpoint:
                     raw += chunk
             if unpacker and not unpacker.eof:
                 raise aiohttp.ClientPayloadError("the packed reply broke off")
-            self._parse(self.secrets.clean(bytes(raw)), reply)
+            self._parse(self.secrets.clean(bytes(raw)).removeprefix(codecs.BOM_UTF8), reply)
         except asyncio.CancelledError as cancelled:
             if cancelled.args != (TIMED_OUT,):
                 raise
@@ -1233,7 +1232,7 @@ class Endpoint:
 
     def _parse(self, raw: bytes, reply: Reply) -> None:
         try:
-            reply.body = loads(raw)  # whatever its content type claims
+            reply.body = loads(raw, mend=True)  # whatever its content type claims
         except ValueError:
             reply.text = raw[:TEXT_KEPT].decode(errors="replace")
             if reply.status == 200 and re.match(rb"\s*(data|event|id|retry)?:", raw):
@@ -1511,6 +1510,7 @@ def finite(text: str) -> float:
 
 
 DECODE = json.JSONDecoder(parse_float=finite, parse_constant=finite).decode
+MEND = json.JSONDecoder(parse_float=finite, parse_constant=lambda _: None, strict=False).decode  # NaN is null
 MAX_NESTING = 500  # levels: what can be read can be written, whatever the Python version and with or without orjson
 LEVELS, NO_BRACKETS = {91: 1, 93: -1, 123: 1, 125: -1}, bytes(set(range(256)) - set(b'[]{}"'))
 DIGITS = bytes.maketrans(b"123456789[:- \t\r\n", b"000000000,,,,,,,")
@@ -1520,8 +1520,8 @@ STAMP = ".%Y%m%dT%H%M%S.%fZ.jsonl"  # makes a name that is free
 PRIVATE = partial(os.open, mode=0o600)  # opener of files that only their owner can read
 
 
-def loads(data: bytes | str) -> Any:
-    """Value of strict JSON: '[1e2, 18446744073709551616]' -> [100.0, 18446744073709551616]. ValueError for all else."""
+def loads(data: bytes | str, *, mend: bool = False) -> Any:
+    """Value of strict JSON, or of what can be mended: '[1e2, 1e400]' -> ValueError, '[1e2, NaN]' -> [100.0, None]."""
     data = data.encode(errors="surrogatepass") if isinstance(data, str) else data
     if 2 * len(data) - len(data.replace(b"[", b"")) - len(data.replace(b"{", b"")) > MAX_NESTING:  # count is slower
         marks = data.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, NO_BRACKETS).replace(b'""', b"")
@@ -1533,7 +1533,7 @@ def loads(data: bytes | str) -> Any:
     except ValueError:
         pass  # a lone surrogate, or an error that the standard library words better
     try:
-        return DECODE(data.decode())
+        return MEND(data.decode(json.detect_encoding(data), "replace")) if mend else DECODE(data.decode())
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.msg} (character {error.pos + 1})") from None
 
@@ -2381,10 +2381,13 @@ def unwrap_gateway(body: Any) -> tuple[Any, dict[str, Any], str]:
 
 def assemble_stream(raw: bytes) -> tuple[dict[str, Any] | None, str]:
     """The reply that a streamed chat would have been, or the error event in it; (None, why) if it broke off."""
-    lines = (line[5:].strip() for line in raw.splitlines() if line.startswith(b"data:"))
-    try:
-        events = [only(dict, loads(line)) for line in lines if line not in (b"", b"[DONE]")]
-    except ValueError:
+    for apart in (b"\n", b"\n\n"):  # an event is one line as all providers send it, but may be several
+        blocks = (re.findall(rb"(?m)^data:(.*)", block) for block in b"\n".join(raw.splitlines()).split(apart))
+        data = [text for text in (b"\n".join(block).strip() for block in blocks) if text not in (b"", b"[DONE]")]
+        with contextlib.suppress(ValueError):
+            events = [only(dict, loads(text, mend=True)) for text in data]
+            break
+    else:
         return None, "the stream broke off within an event, or is none"
     for event in events:
         if event.get("error") or ("choices" not in event and any(map(event.get, ("message", "msg", "detail")))):

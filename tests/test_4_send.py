@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import math
 import os
 import ssl
 import subprocess
@@ -343,6 +344,88 @@ def test_a_gzipped_error_is_read(tmp_path: Path) -> None:
     played = play(tmp_path, chats(2), Options(statuses=rules, gzip=True), max_attempts=2)
     assert succeeded(played.by_id[1])
     assert [error["kind"] for error in played.by_id[0][1]] in (["connection"] * 2, ["bad_reply"] * 2)
+
+
+WHOLE = {"choices": [{"index": 0, "message": {"content": "@"}, "finish_reason": "stop"}]}
+EVENT = {"choices": [{"index": 0, "delta": {"content": "pong"}, "finish_reason": "stop"}]}
+
+
+def answered(folder: Path, body: bytes, *headers: str, **request: Any) -> Any:
+    """Give what the result line of one request holds when a server answers with these very bytes."""
+    head = "".join(f"{header}\r\n" for header in ("HTTP/1.1 200 OK", f"Content-Length: {len(body)}", *headers, ""))
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked = await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(int(asked.lower().partition(b"content-length:")[2].split()[0]))
+        writer.write(head.encode() + body)
+        writer.close()
+
+    async def one_call() -> None:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}{CHAT}"
+            await process_api_requests_from_file(str(folder / "job.jsonl"), request_url=url, max_attempts=1)
+
+    write_lines(folder / "job.jsonl", [chat("ping", **request)])
+    virtually(one_call())
+    [line] = read_lines(folder / "job_results.jsonl")
+    return line[1]
+
+
+@pytest.mark.parametrize(
+    ("body", "content"),
+    [
+        (json.dumps(WHOLE).replace('"@"', "NaN").encode(), None),
+        (json.dumps(WHOLE).replace('"@"', "-Infinity").encode(), None),
+        (json.dumps(WHOLE).encode().replace(b"@", b"\xe4\xbd"), "\ufffd"),
+        (json.dumps(WHOLE).encode().replace(b"@", b"caf\xe9"), "caf\ufffd"),
+        (json.dumps(WHOLE).encode().replace(b"@", b"one\ntwo"), "one\ntwo"),
+        (b"\xef\xbb\xbf" + json.dumps(WHOLE).encode(), "@"),
+        (json.dumps(WHOLE).encode("utf-16"), "@"),
+    ],
+    ids=["nan", "infinity", "cut character", "latin-1", "line break", "byte order mark", "utf-16"],
+)
+def test_a_reply_that_is_almost_json_is_kept(tmp_path: Path, body: bytes, content: str | None) -> None:
+    """It was paid for, and asking again would give the same: what is wrong in it becomes null or U+FFFD."""
+    assert answered(tmp_path, body)["choices"][0]["message"]["content"] == content
+
+
+@pytest.mark.parametrize(
+    "body", [json.dumps(WHOLE).replace('"@"', "1e999"), json.dumps(WHOLE)[:-1], "[" * 600 + "]" * 600]
+)
+def test_a_reply_that_is_no_json_is_a_failed_attempt(tmp_path: Path, body: str) -> None:
+    """What cannot be mended, or written to the results again, is no answer."""
+    assert [error["kind"] for error in answered(tmp_path, body.encode())] == ["bad_reply"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "none", "identity", ""])
+def test_a_content_encoding_that_packs_nothing(tmp_path: Path, encoding: str) -> None:
+    """Some servers mistake it for the charset."""
+    assert answered(tmp_path, json.dumps(WHOLE).encode(), f"Content-Encoding: {encoding}") == WHOLE
+
+
+def test_long_headers(tmp_path: Path) -> None:
+    """A gateway may add more to a header than aiohttp would read."""
+    assert answered(tmp_path, json.dumps(WHOLE).encode(), "X-Trace: " + "a" * 30_000) == WHOLE
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_an_event_of_several_lines(tmp_path: Path, end: str) -> None:
+    """The lines of one event are put together, as the specification of event streams wants it."""
+    lines = [
+        "\ufeff: hello",
+        "",
+        "event: message",
+        *(f"data: {line}" for line in json.dumps(EVENT, indent=1).split("\n")),
+    ]
+    found = answered(tmp_path, end.join([*lines, "", "data: [DONE]", "", ""]).encode(), stream=True)
+    assert found["choices"][0]["message"]["content"] == "pong"
+
+
+def test_an_event_that_is_almost_json(tmp_path: Path) -> None:
+    """Events are mended as whole replies are."""
+    stream = b"data: " + json.dumps({**EVENT, "x": math.nan}).encode().replace(b"pong", b"p\xffng")
+    found = answered(tmp_path, stream, stream=True)
+    assert found["choices"][0]["message"]["content"] == "p\ufffdng"
 
 
 def test_streams_are_put_together(tmp_path: Path) -> None:
