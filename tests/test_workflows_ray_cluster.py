@@ -278,6 +278,18 @@ def test_the_shares_of_idle_workers_go_to_busy_ones() -> None:
     assert min(shares) >= 0.8 * max(shares), "as long as all are busy they share alike"
 
 
+def test_a_start_that_fits_nothing_hardly_makes_a_worker_ask_for_less() -> None:
+    """Costs vary, so some of what was granted is always too small; what is not used at all is asked for no more."""
+    pacer = LeasedPacer(1000, lambda n: [Cost(10, 10)] * n, lambda _: 0.0, *[lambda: None] * 3)
+    pacer.portion = 100
+    pacer.take_in([Grant(1, 1, 1)], 1, 0.0)
+    pacer.take_in([Grant(number, 10, 10) for number in range(2, 52)], 50, 0.3)
+    pacer.drop_late(LEASE_SECONDS)
+    assert (pacer.portion, len(pacer.pool), pacer.unused) == (99, 50, [1])
+    pacer.drop_late(0.3 + LEASE_SECONDS)
+    assert (pacer.portion, len(pacer.pool)) == (49, 0)
+
+
 # ---- runs over stand-ins for actors, in virtual time -----------------------------------------------------------------
 
 
@@ -452,6 +464,19 @@ def test_every_request_has_one_line(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert "520 succeeded, 1 failed" in told(caplog)
     assert not Path(f"{run.results}.shards").exists()
     assert run.results.stat().st_mode & 0o777 == 0o600
+
+
+def test_workers_read_lines_of_any_length(tmp_path: Path) -> None:
+    """Long lines, which are read in a thread, keep their place and number; a bad one does, too."""
+    words = "so many words " * 20_000
+    requests = [{**chat, "messages": [{"role": "user", "content": words}]} if i % 7 == 3 else chat
+                for i, chat in enumerate(chats(40))]  # fmt: skip
+    lines = [b"\xef\xbb\xbf \n", *requests[:20], b"\r\n", b'{"model": "' + b"x" * 300_000 + b"\n", *requests[20:]]
+    run = play(tmp_path, lines, workers=2)
+    failed = [line for line in run.lines if isinstance(line[1], list)]
+    assert [line[1][0]["message"].partition(":")[0] for line in failed] == ["line 23"]
+    assert one_line_each(requests, [line for line in run.lines if line not in failed])
+    assert (run.stats.calls, run.tally.read) == (40, 41)
 
 
 def test_a_lost_worker_repeats_only_what_it_had_in_flight(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

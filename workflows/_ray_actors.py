@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
 HEARTBEAT_SECONDS = 0.25  # between two reports of a worker that has nothing to report
-FEW_REQUESTS = 200  # left to a worker: it should be handed more
+FEW_REQUESTS, FEW_BYTES = 500, 4 << 20  # left to a worker: it should be handed more
 LOOK_AHEAD_SECONDS = 0.05  # at a time, for counting the tokens of what is to be asked for
 MOST_UNREPORTED_BYTES = 64 << 20  # of results that the driver has not fetched: nothing is started then
 
@@ -56,7 +56,8 @@ class Report:
     in_flight: int = 0
     waiting: int = 0  # to be tried again
     oldest: float = 0.0  # seconds since the start of what is longest in flight
-    left: int = 0  # to be read
+    left: int = 0  # lines that the loop has not come to
+    left_bytes: int = 0  # of those that are not parsed
     idle: bool = True  # nothing is going on
     down: bool = False  # the provider seems to be
     troubled: bool = False  # failures or refusals after the last success
@@ -152,7 +153,7 @@ class HandedReader(Reader):
     ) -> None:
         self.endpoint, self.tokens, self.hungry, self.wake = endpoint, tokens, hungry, wake
         self.lines, self.ahead = deque[tuple[int, bytes]](), deque[Request]()  # the latter: read before their turn
-        self.number, self.given, self.limit, self.preparing = 0, 0, math.inf, None
+        self.number, self.given, self.limit, self.preparing, self.bytes = 0, 0, math.inf, None, 0
         self.due, self.more, self.ended = math.inf, True, False
 
     @property
@@ -163,6 +164,7 @@ class HandedReader(Reader):
     def hand(self, lines: list[tuple[int, bytes]], *, more: bool) -> None:
         """Take over lines with their numbers; `more`: others may follow."""
         self.lines += lines
+        self.bytes += sum(len(line) for _, line in lines)
         self.more, self.ended = more, not (more or self.left)
 
     def next(self, now: float) -> Request | None:
@@ -186,7 +188,7 @@ class HandedReader(Reader):
         if not self.lines:
             return None if self.more else b""
         number, line = self.lines.popleft()
-        self.number = number - 1
+        self.number, self.bytes = number - 1, self.bytes - len(line)
         return line
 
     def expected_total(self) -> float:
@@ -330,6 +332,7 @@ class Worker:
             waiting=len(run.retries) + len(run.limbo),
             oldest=max(0.0, clock() - oldest),
             left=self.reader.left,
+            left_bytes=self.reader.bytes,
             idle=self.idle,
             down=all(endpoint.outage.down for endpoint in run.endpoints),
             troubled=run.trouble_since < math.inf,

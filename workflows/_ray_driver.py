@@ -29,15 +29,13 @@ from api_request_parallel_processor import (
     loads,
     read_result,
 )
-from workflows._ray_actors import HEARTBEAT_SECONDS, BudgetState, Report
+from workflows._ray_actors import FEW_BYTES, FEW_REQUESTS, HEARTBEAT_SECONDS, BudgetState, Report
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 LINES_PER_SHARD = (20, 1000)  # at least, so that handing over is worth it; at most, so that little is read ahead
-BYTES_PER_SHARD = 4 << 20
 SHARES = 4  # shards for each worker that what is left to read is cut into: the later, the smaller
-FEW_REQUESTS = 200  # left to a worker: it is handed more
 STAMP = "%Y%m%dT%H%M%S"
 KEPT_IN_MIND = 100  # messages of workers: another worker's is told only if it says something else
 LOST_AT_MOST = 5  # workers in a row, without any success in between: then it is not the machines
@@ -273,7 +271,7 @@ class Driver:
         left, start = reader.expected_total() - reader.given, reader.read_bytes
         if left < math.inf and self.slots:
             self.size = int(min(most, max(least, left / SHARES / len(self.slots))))
-        while len(lines) < self.size and reader.read_bytes - start < BYTES_PER_SHARD:
+        while len(lines) < self.size and reader.read_bytes - start < FEW_BYTES:
             if not (number := self.read_line(now)):
                 break
             lines[number] = reader.line or b""
@@ -311,7 +309,8 @@ class Driver:
 
     def shard_for(self, slot: Slot) -> list[tuple[int, bytes]]:
         """The lines of the next shard, if this worker has few left."""
-        if not self.waiting or slot.report.left > min(FEW_REQUESTS, self.size // 2) or self.run.stopped_by:
+        enough = slot.report.left > min(FEW_REQUESTS, self.size // 2) or slot.report.left_bytes > FEW_BYTES
+        if not self.waiting or enough or self.run.stopped_by:
             return []
         shard = self.waiting.popleft()
         slot.shards[shard.number] = shard

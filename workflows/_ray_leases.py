@@ -249,10 +249,10 @@ class LeasedPacer(Pacer):
         return next(fits, None)
 
     def drop_late(self, now: float) -> None:
-        """Give back what was not used in time."""
+        """Give back what was not used in time, and ask for that much less: some may just not have fitted."""
         while self.pool and self.pool[0][0] <= now:
             self.unused.append(self.pool.popleft()[1].number)
-            self.portion = max(LANES, self.portion // 2)
+            self.portion = max(LANES, self.portion - 1)
             self.tells()
 
     def start(self, cost: Cost, _now: float) -> Any:
