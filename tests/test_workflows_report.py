@@ -9,6 +9,7 @@ import subprocess
 import sys
 import unicodedata
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -381,6 +382,25 @@ def make_page(results: Path, *flags: str) -> str:
     path = results.with_suffix(".html")
     assert _run.main_program(report.main, [str(results), "--html", str(path), *flags]) == 0
     return path.as_uri()
+
+
+@needs_browser
+@pytest.mark.slow
+def test_times_of_a_short_run_stand_apart(tmp_path: Path) -> None:
+    """Seconds below an axis do not run into each other."""
+    pytest.importorskip("plotly")
+    write_lines(tmp_path / "r.jsonl", [[chat("1"), reply(), None, {**TIMES, "seconds": 1.5}]])
+    url = make_page(tmp_path / "r.jsonl")
+    places = "[...document.querySelectorAll('#plot-requests .xtick text')].map(t => t.getBoundingClientRect())"
+
+    async def scenario(page: Page) -> None:
+        for width in (360, 1100, 1600):
+            await page.open(url, width=width)
+            ticks = await page.run(f"{places}.map(place => [place.left, place.right])")
+            assert len(ticks) > 1
+            assert all(left[1] < right[0] for left, right in pairwise(sorted(ticks))), (width, ticks)
+
+    in_browser(scenario)
 
 
 @needs_browser

@@ -16,7 +16,7 @@
     return { tickvals: kept.map((i) => tickvals[i]), ticktext: kept.map((i) => ticktext[i]) };
   };
   const axis = (own) => ({
-    automargin: true, zeroline: false, tickangle: 0, nticks: narrow() ? 4 : 8, gridcolor: "--grid", linecolor: "--line", tickcolor: "--line", fixedrange: false,
+    automargin: true, zeroline: false, tickangle: 0, nticks: narrow() ? 4 : own?.type === "date" ? 5 : 8, gridcolor: "--grid", linecolor: "--line", tickcolor: "--line", fixedrange: false,
     tickfont: { color: "--muted" }, ...own,
     ...(own.tickvals?.length > 6 && narrow() ? sparse(own) : {}), title: { standoff: 8, font: { color: "--muted", size: 12 }, ...own?.title },
   });
