@@ -748,6 +748,9 @@ def test_probability_of_a_label() -> None:
         "other_probability": None,
         "other_first_token_probability": None,
     }
+    odd = [{"token": text, "bytes": [300], "logprob": 1e-7}]  # no bytes, and more than certain
+    certain = _replies.read_answer(chat({"content": text}, logprobs={"content": odd}))
+    assert structured_output.weigh(certain, 0, ["category"])["category_probability"] == 1
     silent = _replies.read_answer(chat({"content": text}))
     assert set(structured_output.weigh(silent, 0, ["category"]).values()) == {None}
 

@@ -162,7 +162,10 @@ def read_logprobs(found: Any) -> tuple[tuple[bytes, float], ...]:
             return ()
         # subtle: a token may be a part of a character, which only its bytes tell
         raw = item.get("bytes")
-        token = bytes(raw) if isinstance(raw, list) else str(item.get("token", "")).encode(errors="surrogatepass")
+        if isinstance(raw, list) and all(type(byte) is int and 0 <= byte < 256 for byte in raw):
+            token = bytes(raw)
+        else:
+            token = str(item.get("token", "")).encode(errors="surrogatepass")
         pairs.append((token, float(item["logprob"])))
     return tuple(pairs)
 

@@ -300,8 +300,8 @@ def weigh(answer: Answer, start: int, names: list[str]) -> _files.Row:
             first = base + len(answer.raw[: place.start].encode(errors="surrogatepass"))
             size = len(answer.raw[place].encode(errors="surrogatepass"))
             probabilities = tokens_within(answer.logprobs, first, first + size)
-        weights[f"{name}_probability"] = math.exp(sum(probabilities)) if probabilities else None
-        weights[f"{name}_first_token_probability"] = math.exp(probabilities[0]) if probabilities else None
+        weights[f"{name}_probability"] = math.exp(min(0.0, sum(probabilities))) if probabilities else None
+        weights[f"{name}_first_token_probability"] = math.exp(min(0.0, probabilities[0])) if probabilities else None
     return weights
 
 
