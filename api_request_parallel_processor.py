@@ -2091,7 +2091,7 @@ def make_endpoint(settings: Settings, secrets: Secrets) -> Endpoint:
     keys = {"--api_key": settings.api_key} | {name: os.environ.get(name, "") for name in names}
     source, key = next(((source, key.strip()) for source, key in keys.items() if key.strip()), ("", ""))
     if not (key or private or settings.dry_run):
-        raise UsageError(f"no key for {host}: export {' or '.join(names)}, or name another variable with --api_key_env")
+        raise UsageError(f"no key for {host}: export {' or '.join(names)}, or name another variable with api_key_env")
     if key and parts.scheme == "http" and not (private or settings.allow_plain_http):
         raise UsageError(f"http would show the key to everybody on the way to {host}: use https, or --allow_plain_http")
     if not (key.isascii() and key.isprintable()):
