@@ -316,6 +316,7 @@ def test_prompt_matrix_failures_and_retries(server: Server) -> None:
     log = Path("batch_process_kimi.log").read_text("utf-8")
     stamp = r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d - "
     assert re.search(rf"{stamp}WARNING - \[m\]\[患者1\] 对话 [12] 失败 \(第1次尝试\): Connection timeout$", log)
+    assert re.search(rf"{stamp}INFO - \[m\]\[患者1\] 将在 0\.0 秒后重试\.\.\.$", log)
     assert re.search(rf"{stamp}INFO - \[m\]\[患者1\] 对话 [12] 重试成功 \(第2次尝试，耗时: [\d.]+秒\)$", log)
     server.set(statuses=[], reset=True)
     assert run(prompt_matrix, "-c", path) == 0

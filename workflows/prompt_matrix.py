@@ -23,8 +23,9 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
+import api_request_parallel_processor as processor
 from api_request_parallel_processor import LOGGER, Settings, UsageError, find_provider, loads
 from workflows import _files, _run
 from workflows._replies import error_text, read_answer
@@ -33,6 +34,7 @@ from workflows._results import Result, Results
 
 if TYPE_CHECKING:
     import argparse
+    import random
     from collections.abc import Iterator
 
 API_KEYS = {**dict.fromkeys(("api_key", "api_key_env", "base_url", "provider"), str), "endpoint_id": (str, dict)}
@@ -226,6 +228,19 @@ class RetryLog(logging.Filter):
     def __init__(self, pairs: list[tuple[str, str]], prompts: int) -> None:
         super().__init__()
         self.pairs, self.prompts, self.tries = pairs, prompts, Counter[int]()
+        self.latest = 1  # the line whose failure was told last
+        self.delay = processor.retry_delay
+
+    def __enter__(self) -> Self:
+        """Listen to a run."""
+        LOGGER.addFilter(self)
+        processor.retry_delay = self.tell_retry
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Listen no more."""
+        LOGGER.removeFilter(self)
+        processor.retry_delay = self.delay
 
     def place(self, line: int) -> tuple[str, str]:
         """The model and person of a line of the request file, and its conversation."""
@@ -238,6 +253,7 @@ class RetryLog(logging.Filter):
         if not (failed := getattr(record, "failed_attempt", None)):
             return True
         line, kind, message = failed
+        self.latest = line
         who, what = self.place(line)
         if kind == "rate_limit":
             text, level = f"{who} {what} 被限流: {message}", "DEBUG"
@@ -247,6 +263,12 @@ class RetryLog(logging.Filter):
         record.levelno, record.levelname = getattr(logging, level), level
         record.msg, record.args = text, ()
         return True
+
+    def tell_retry(self, attempt: int, rng: random.Random) -> float:
+        """Say how long the request waits that failed last; gives that, in seconds."""
+        delay = self.delay(attempt, rng)
+        LOGGER.info("%s 将在 %.1f 秒后重试...", self.place(self.latest)[0], delay)
+        return delay
 
     def tell_success(self, line: int, result: Result) -> None:
         """Say that a retry worked out."""
@@ -274,12 +296,8 @@ def run_matrix(matrix: Matrix, arguments: argparse.Namespace) -> int:
         settings = _run.files_of(requests_path, results_path) | {"save_details": True}
         settings |= _run.settings_of({**config, "retry_times": config.get("max_retries", RETRIES)})
         settings |= matrix.models[pairs[0][0]].settings | _run.run_flags(arguments)
-        log = RetryLog(pairs, len(matrix.prompts))
-        LOGGER.addFilter(log)
-        try:
+        with RetryLog(pairs, len(matrix.prompts)) as log:
             tally = _run.run_processor(Settings(**settings), arguments.cache_filepath)
-        finally:
-            LOGGER.removeFilter(log)
         code = max(code, tally.exit_code)
         if not arguments.dry_run:
             results = Results(results_path)
