@@ -231,6 +231,18 @@ def test_csv_questions_interrupted(server: Server, number: int) -> None:
     assert all(f"You said: question {n} " in line for n, line in enumerate(text[1:]))
 
 
+def test_csv_questions_keeps_its_answers_when_a_changed_config_fails(server: Server) -> None:
+    """A run that ends before its first answer, here since the key is refused, leaves the earlier output as it is."""
+    write_questions(server, ["1,a", "2,b"])
+    assert run(csv_questions) == 0
+    before = Path("data/results.csv").read_bytes()
+    config = Path("zhipuai_config.yaml")
+    config.write_text(config.read_text("utf-8").replace("glm-z1-airx", "another"), "utf-8")
+    server.set(statuses=[{"status": 401, "body": {"error": {"message": "wrong key"}}}])
+    assert run(csv_questions) == 3
+    assert Path("data/results.csv").read_bytes() == before
+
+
 def test_csv_questions_leaves_other_files_alone(server: Server) -> None:
     """An output that is no output of this program, or the input itself, stops the start."""
     write_questions(server, ["1,a"])

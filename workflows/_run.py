@@ -279,6 +279,14 @@ def run_processor(settings: Settings, cache_filepath: str = "", **limits: float)
     return tally
 
 
+def came_to_nothing(tally: Tally, output: Path) -> bool:
+    """Whether a run ended before it had any answer, so that an output of earlier ones stays as it is; says so."""
+    nothing = tally.exit_code >= 2 and not (tally.finished_before or tally.succeeded or tally.failed)
+    if nothing:
+        LOGGER.warning("There is no answer yet: %s was not written.", output)
+    return nothing
+
+
 def main_program(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
     """Run a workflow as a program: its log on standard error, its failures as messages and exit codes."""
     handler: logging.Handler = ConsoleHandler()

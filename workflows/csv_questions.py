@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments.dry_run:
         _files.keep_older(output, results_path)
     tally = _run.run_processor(Settings(**settings), arguments.cache_filepath)
-    if arguments.dry_run:
+    if arguments.dry_run or _run.came_to_nothing(tally, output):
         return tally.exit_code
 
     results = Results(results_path)

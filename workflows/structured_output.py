@@ -397,10 +397,10 @@ def main(argv: list[str] | None = None) -> int:
         tally = _run.run_processor(Settings(**settings | files), "" if number else arguments.cache_filepath)
         code = max(code, tally.exit_code)
         rounds.append(results_path)
-        if code >= 2 or arguments.dry_run:
+        if arguments.dry_run or (not number and _run.came_to_nothing(tally, output)):
+            return code
+        if code >= 2:
             break
-    if arguments.dry_run:
-        return code
     return max(code, write_output(task, config, source, output, rounds, (label_column, label_field)))
 
 
