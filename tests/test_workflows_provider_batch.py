@@ -24,6 +24,7 @@ from tests.local_batches import Batches, BatchOptions, Response, answer, reply, 
 from workflows import _batch_providers as providers
 from workflows import _run, provider_batch
 from workflows._batch_client import Stopped
+from workflows._batch_costs import Sample, cost_words
 from workflows._batch_jobs import Jobs
 from workflows._batch_ledger import Ledger, Part
 from workflows._batch_providers import TRANSPORTS, check_window, find_target, held_open_url, window_hours
@@ -510,6 +511,31 @@ def test_commands_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert world.ledger()["jobs"][0]["state"] == "collected"
     assert set(world.outcomes()) <= {"ok", "timeout"}
     assert len(world.lines()) == 10
+
+
+@pytest.mark.parametrize(
+    ("provider", "models", "cap", "told"),
+    [
+        ("openai", ["gpt-4o"], 4000, "costs about $2.50 live, $1.25 as a batch; the output at most $40.00, or $20.00."),
+        ("openai", ["gpt-4o"], None, "costs about $2.50 live, $1.25 as a batch."),
+        ("moonshot", ["kimi-k2-0905-preview"], None, "costs about $0.60 live, $0.36 as a batch."),
+        ("openai", ["gpt-4o", "gpt-4o-mini"], None, "costs about $2.65 live, $1.32 as a batch."),
+        ("openai", ["gpt-4o", "nobody-knows-it"], None, ""),
+        ("openai", [], None, ""),
+    ],
+)
+def test_money_saved(provider: str, models: list[str], cap: int | None, told: str) -> None:
+    """What a batch costs is told by the list prices of batches, else by the share that the provider takes off."""
+    pytest.importorskip("genai_prices")
+    url = "https://example.com/v1/chat/completions"
+    samples = {model: Sample() for model in models}
+    for sample in samples.values():
+        for _ in range(1000):
+            if sample.next():
+                sample.count(1000, cap)
+    words = cost_words(samples, find_target(url, provider), url, provider)
+    assert told in words
+    assert bool(words) == bool(told)
 
 
 def test_dry_run_sends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

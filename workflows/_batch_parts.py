@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from api_request_parallel_processor import (
     parse_line,
     read_bounded,
 )
+from workflows._batch_costs import Sample
 from workflows._batch_ledger import FILES, Ledger, Part, identities
 from workflows._batch_providers import FILE_SLACK, line_frame, wire_body
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 BLOCK = 1 << 20
 LINE_SLACK = 200  # bytes of a line around the body
-COUNTED_FIRST, COUNTED_EVERY = 20, 2000  # requests whose tokens are counted: a guess of the rest suffices
 
 
 @dataclass
@@ -46,13 +46,7 @@ class Plan:
     new: int = 0
     bytes: int = 0
     parts: list[Part] = field(default_factory=list)
-    counted: int = 0  # requests whose tokens were counted
-    counted_tokens: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """Input tokens of what is new, about."""
-        return self.counted_tokens * self.new // max(1, self.counted)
+    samples: defaultdict[str, Sample] = field(default_factory=lambda: defaultdict(Sample))  # of what is new, by model
 
 
 @dataclass
@@ -186,9 +180,9 @@ def split(
                 results.flush()
         else:
             plan.new += 1
-            if plan.new <= COUNTED_FIRST or plan.new % COUNTED_EVERY == 0:
-                plan.counted += 1
-                plan.counted_tokens += estimate_tokens(request.body, endpoint.shape, estimate_text).prompt
+            sample = plan.samples[splitter.target.model or request.model]
+            if sample.next():
+                sample.count(*estimate_tokens(request.body, endpoint.shape, estimate_text)[:2])
     splitter.finish()
 
 

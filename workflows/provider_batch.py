@@ -52,6 +52,7 @@ from api_request_parallel_processor import (
 from workflows import _batch_providers as providers
 from workflows import _files, _run
 from workflows._batch_client import PATIENCE_SECONDS, SHORT_PATIENCE_SECONDS, Client, Stopped
+from workflows._batch_costs import cost_words
 from workflows._batch_jobs import Jobs
 from workflows._batch_ledger import (
     COLLECTING,
@@ -190,13 +191,15 @@ class Batch:
         LOGGER.info(
             "%s requests, about %s input tokens, %.1f MB, in %d part%s, at %d %% off the price, within %dh",
             f"{plan.new:,}",
-            f"{plan.tokens:,}",
+            f"{sum(sample.tokens for sample in plan.samples.values()):,}",
             plan.bytes / 1e6,
             len(plan.parts),
             "" if len(plan.parts) == 1 else "s",
             row.saving,
             self.hours,
         )
+        if words := cost_words(plan.samples, self.target, self.options.request_url, self.endpoint.provider.name):
+            LOGGER.info("%s", words)
         if plan.new < FEW_REQUESTS:
             LOGGER.info("So few requests are done live within minutes; a batch may take the whole %dh.", self.hours)
 
