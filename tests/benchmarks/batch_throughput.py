@@ -30,11 +30,14 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+from tests.benchmarks._common import table  # noqa: E402 - found by the path
+
 BLOCK = 1 << 20
+STEPS = ("prepare", "upload", "collect")
 
 
 def parsed_copy(path: Path, parse: Callable[[bytes], Any]) -> float:
@@ -77,7 +80,7 @@ def child(requests: Path, url: str) -> None:
     from workflows import provider_batch
     from workflows._batch_jobs import Jobs
 
-    seconds = dict.fromkeys(("prepare", "upload", "collect"), 0.0)
+    seconds = dict.fromkeys(STEPS, 0.0)
 
     def timed(owner: Any, name: str) -> None:
         plain: Callable[..., Any] = getattr(owner, name)
@@ -138,7 +141,7 @@ def write_output(results: Path, output: Path) -> int:
     with results.open("rb") as lines, output.open("wb") as file:
         for count, line in enumerate(lines, 1):  # noqa: B007 - counts
             reply = {"status_code": 200, "request_id": "q", "body": json.loads(line)[1]}
-            file.write(json.dumps({"id": "r", "custom_id": "x" * 40, "response": reply}).encode() + b"\n")
+            file.write(json.dumps({"id": "r", "custom_id": "x" * 14, "response": reply}).encode() + b"\n")
     return count
 
 
@@ -164,23 +167,22 @@ def main() -> None:
             counted = write_output(requests.with_name("requests_results.jsonl"), output)
             for name, taken in parsers.items():
                 taken.append(plain(requests, output, importlib.import_module(name).loads))
-    codes = {found["code"] for found in rounds}
-    print(f"{arguments.requests:,} requests of {arguments.bytes:,} bytes, {counted:,} results, exit {codes}")
-    totals = dict.fromkeys(("ours", *parsers), 0.0)
-    for step in ("prepare", "upload", "collect"):
-        least = {
-            name: min(taken[step] for taken in all_rounds) for name, all_rounds in {"ours": rounds, **parsers}.items()
-        }
-        totals = {name: totals[name] + seconds for name, seconds in least.items()}
-        print(told(step, least))
-    print(told("all", totals))
-    print(f"memory   {max(found['megabytes'] for found in rounds):6.0f} MB at its peak")
+    if any(found["code"] for found in rounds) or counted != arguments.requests:
+        raise RuntimeError(f"{counted:,} results, exit codes {[found['code'] for found in rounds]}")
+    sides = {"ours": rounds, **parsers}
+    least = [[min(taken[step] for taken in side) for side in sides.values()] for step in STEPS]
+    totals = [sum(seconds) for seconds in zip(*least, strict=True)]
+    head = (
+        f"{counted:,} requests of {arguments.bytes:,} bytes | ours, s | with json, s (share) | with orjson, s (share)"
+    )
+    for line in table(head, [shares(*row) for row in zip((*STEPS, "all"), [*least, totals], strict=True)]):
+        print(line)
+    print(f"\npeak memory: {max(found['megabytes'] for found in rounds):.0f} MB")
 
 
-def told(step: str, seconds: dict[str, float]) -> str:
-    """One line: our seconds, then those of copying and parsing with their share of ours."""
-    shares = [f"{name} {seconds[name]:5.2f} s {seconds[name] / seconds['ours']:4.0%}" for name in ("json", "orjson")]
-    return f"{step:8} {seconds['ours']:6.2f} s   copying and parsing: {', '.join(shares)}"
+def shares(step: str, seconds: Sequence[float]) -> list[str]:
+    """A row: our seconds, then those of copying and parsing and what share of ours they are."""
+    return [step, f"{seconds[0]:.2f}", *(f"{other:.2f} ({other / seconds[0]:.0%})" for other in seconds[1:])]
 
 
 if __name__ == "__main__":
