@@ -188,6 +188,7 @@ def test_samples_that_are_no_texts() -> None:
         (["empty"], "holds no paper"),
         (["empty", "--output", "mine.jsonl"], "is no output of this program"),
         (["empty", "--output", "d.xlsx"], "ends in .csv"),
+        (["empty", "--output", "other.jsonl"], "other_requests.jsonl is a request file of other use"),
         (["empty", "--prompt_filepath", "mine.jsonl"], "has no {text}"),
     ],
 )
@@ -195,6 +196,7 @@ def test_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: 
     """What cannot be meant is told, and nothing of the user's is touched."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "mine.jsonl").write_text('{"my": "requests"}\n', "utf-8")
+    (tmp_path / "other_requests.jsonl").write_text('{"messages": [], "metadata": {"prompt": "hi"}}\n', "utf-8")
     assert run(*words) == 2
     assert told in capsys.readouterr().err
 

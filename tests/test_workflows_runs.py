@@ -532,6 +532,7 @@ def test_structured_output_golden(server: Server, capsys: pytest.CaptureFixture[
     [
         ("label_column: category", "label_column: truth", "needs the columns truth"),
         ("out.jsonl", "out.xlsx", "ends in .csv, .tsv, .jsonl"),
+        ("rows.csv", "points/out_requests.jsonl", "which this program would write"),
     ],
 )
 def test_structured_output_refuses_before_sending(
@@ -539,6 +540,8 @@ def test_structured_output_refuses_before_sending(
 ) -> None:
     """What would go wrong at the end is told before anything is paid."""
     write_task(server, "out.jsonl")
+    Path("points").mkdir()
+    Path("points/out_requests.jsonl").write_text('{"text": "a", "category": "pos"}\n', "utf-8")
     Path("task.yaml").write_text(Path("task.yaml").read_text("utf-8").replace(old, new), "utf-8")
     assert run(structured_output, "-c", "task.yaml") == 2
     assert reason in capsys.readouterr().err

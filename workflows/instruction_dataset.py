@@ -126,6 +126,13 @@ def samples_of(response: Any, most: int) -> tuple[list[dict[str, str]], str]:
     return [], "empty samples" if found else f"no samples in the answer {answer.text[:80]!r}"
 
 
+def refuse_other_requests(path: Path) -> None:
+    """Raise UsageError if the request file beside the output is not about papers: somebody made it for another use."""
+    _, metadata = next(read_requests(path), (None, {"paper": ""})) if path.exists() else (None, {"paper": ""})
+    if not isinstance(metadata, dict) or "paper" not in metadata:
+        raise UsageError(f"{path} is a request file of other use and would be replaced: name another --output")
+
+
 def dataset(requests_path: Path, results_path: Path, counts: Counter[str]) -> Iterator[_files.Row]:
     """Give the lines of the dataset in the order of the papers; duplicates are left out, what failed is told."""
     results, seen = Results(results_path), set()
@@ -212,6 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     _files.check_table(arguments.output)
     start = ",".join(FIELDS) if arguments.output.suffix.lower() == ".csv" else f'{{"{FIELDS[0]}":'
     _files.refuse_foreign(arguments.output, start)
+    refuse_other_requests(requests_path)
     same = "request_url provider api_key_env completion_window finish_live resubmit poll_seconds limit dry_run".split()
     same += ["max_requests_per_minute", "max_tokens_per_minute"]
     options = provider_batch.complete(

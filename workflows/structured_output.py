@@ -385,6 +385,8 @@ def main(argv: list[str] | None = None) -> int:
     code = 0
     for number in range(config["task"].get("ask_again", 2) + 1):
         requests_path, results_path = _run.checkpoint(folder, output.stem + (f"_round{number + 1}" if number else ""))
+        if requests_path.exists() and requests_path.samefile(source):
+            raise UsageError(f"io.input_file is {requests_path}, which this program would write: rename one")
         if not number and output.exists() and not results_path.exists():
             raise UsageError(f"{output} exists and is no output of this program: move it away, or name another output")
         with opened_results(rounds) as before:
