@@ -675,6 +675,7 @@ def test_prompt_files_that_hold_no_prompts(tmp_path: Path, value: Any) -> None:
         ),
         ([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "user: q\nassistant: a"),
         ({"messages": [{"role": "user", "content": "q"}]}, "user: q"),
+        ([{"role": "user", "content": [{"type": "text", "text": "q"}]}, {"role": "a", "content": ""}], "user: q\na: "),
         ({"q1": "a1", "q2": 2}, "q1: a1\nq2: 2"),
         ({"name": "x", "qa": [{"q": "a"}]}, "name: x\nqa:\nq: a"),
         ("text", "text"),

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Self
 import api_request_parallel_processor as processor
 from api_request_parallel_processor import LOGGER, Settings, UsageError, find_provider, loads
 from workflows import _files, _run
-from workflows._replies import error_text, read_answer
+from workflows._replies import error_text, flat_text, read_answer
 from workflows._requests import BASE_URLS
 from workflows._results import Result, Results
 
@@ -177,8 +177,9 @@ def render(value: Any) -> str:
         return ("\n" if all(isinstance(item, dict) and "role" in item for item in value) else "\n\n").join(lines)
     if not isinstance(value, dict):
         return _files.cell(value)
-    if "role" in value and isinstance(value.get("content"), str):
-        return f"{value['role']}: {value['content']}"
+    content = value.get("content")
+    if "role" in value and (isinstance(content, str) or flat_text(content)):
+        return f"{value['role']}: {flat_text(content)}"
     if len(value) == 1 and isinstance(inner := next(iter(value.values())), list):
         return render(inner)  # {"messages": [...]}
     nested = {name: isinstance(item, dict | list) for name, item in value.items()}
