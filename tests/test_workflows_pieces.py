@@ -793,6 +793,9 @@ def test_gemini_takes_the_schema_as_it_is() -> None:
         {"properties": {"a": {"type": "string", "required": True}}},
         {"type": "array", "items": LABELS},
         {"enum": ["pos", "neg"], "type": ["string", "null"]},
+        {"properties": {"a": {"$ref": "#/$defs/Missing"}}},
+        {"properties": {"a": [{"$ref": "https://localhost:1/schema.json"}]}},
+        {"properties": {"a": {"anyOf": [{"$ref": "https://localhost:1/schema.json"}]}}},
     ],
 )
 def test_a_broken_schema_is_an_error(tmp_path: Path, schema: Any) -> None:
@@ -801,6 +804,25 @@ def test_a_broken_schema_is_an_error(tmp_path: Path, schema: Any) -> None:
     task = {"prompt_file": str(tmp_path / "p.md"), "schema": schema}
     with pytest.raises(UsageError, match="task, schema"):
         structured_output.read_task({"model": {"model_name": "m"}, "task": task})
+
+
+def test_labels_may_be_defined_elsewhere() -> None:
+    """Schemas made by pydantic keep enumerations in $defs, and let a field be null besides."""
+    label = {"$ref": "#/$defs/a~1b"}
+    properties: dict[str, Any] = {
+        "plain": {"enum": ["x"]},
+        "there": label,
+        "described": {"allOf": [label], "description": "d"},
+        "optional": {"anyOf": [label, {"type": "null"}]},
+        "flag": {"type": "boolean"},
+        "free": {"anyOf": [label, {"type": "string"}]},
+        "itself": {"$ref": "#/properties/itself"},
+        "text": {"type": "string"},
+    }
+    schema = {"type": "object", "properties": properties, "$defs": {"a/b": {"enum": ["x", "y"]}}}
+    labelled = [name for name, kind in properties.items() if structured_output.is_labelled(kind, schema)]
+    assert labelled == ["plain", "there", "described", "optional", "flag"]
+    assert not structured_output.validator(schema)({"there": "y"})
 
 
 def closed(**properties: Any) -> dict[str, Any]:

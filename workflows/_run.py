@@ -34,6 +34,9 @@ TRAILING_COMMA = re.compile(rf"({JSON_STRING})|,(?=\s*[}}\]])")
 FLAG = re.compile(r"^--[A-Za-z][\w-]*")
 PLACEHOLDER_KEY = re.compile(r"(?i)your\b|your_|<|\$\{|x{3}|\.\.\.")  # "YOUR_API_KEY", as in copied examples
 DISTRIBUTIONS = {"yaml": "PyYAML", "dotenv": "python-dotenv", "jsonschema": "jsonschema", "pypdf": "pypdf"}
+DISTRIBUTIONS |= dict.fromkeys(
+    ("jsonschema_specifications", "referencing.exceptions", "referencing.jsonschema"), "jsonschema"
+)
 DISTRIBUTIONS |= {"plotly": "plotly", "genai_prices": "genai-prices", "ray": "ray", "pyarrow.fs": "pyarrow"}
 
 OWN_RETRY_DELAY = processor.retry_delay

@@ -19,12 +19,13 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from api_request_parallel_processor import LOGGER, Settings, UsageError, find_provider, loads
 from workflows import _files, _run
-from workflows._replies import Answer, error_text, read_answers
+from workflows._replies import Answer, as_dict, error_text, read_answers
 from workflows._results import Result, Results
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def read_task(config: _run.Config) -> Task:
     schema = read_schema(task.get("schema"))
     problem_of = validator(schema)
     properties = schema.get("properties", {}) if schema else {}
-    labelled = [name for name, kind in properties.items() if is_labelled(kind)]
+    labelled = [name for name, kind in properties.items() if is_labelled(kind, schema)]
     wanted = task.get("response_format", "auto")
     if wanted not in FORMATS:
         raise UsageError(f"task, response_format: {wanted!r} is none of {', '.join(FORMATS)}")
@@ -140,9 +141,28 @@ def read_schema(given: str | dict[str, Any] | None) -> dict[str, Any] | None:
     return schema
 
 
-def is_labelled(kind: Any) -> bool:
-    """Whether a property of a schema takes one of a set of labels."""
-    return isinstance(kind, dict) and ("enum" in kind or "const" in kind or kind.get("type") == "boolean")
+def is_labelled(kind: Any, schema: Any, depth: int = 8) -> bool:
+    """Whether a property of a schema takes one of a set of labels, also one defined elsewhere, or null besides."""
+    if not isinstance(kind, dict) or not depth:
+        return False
+    if "enum" in kind or "const" in kind or kind.get("type") in ("boolean", "null"):
+        return True
+    wholes, parts = list(kind.get("allOf", ())), kind.get("anyOf") or kind.get("oneOf") or ()
+    if (ref := str(kind.get("$ref", ""))).startswith("#/"):
+        names = [name.replace("~1", "/").replace("~0", "~") for name in ref[2:].split("/")]
+        wholes.append(reduce(lambda place, name: as_dict(place).get(name), names, schema))
+    return any(is_labelled(whole, schema, depth - 1) for whole in wholes) or (
+        bool(parts) and all(is_labelled(part, schema, depth - 1) for part in parts)
+    )
+
+
+def references(schema: Any) -> Iterator[str]:
+    """Give what a schema refers to."""
+    for name, value in schema.items() if isinstance(schema, dict) else enumerate(schema):
+        if name == "$ref" and isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list):
+            yield from references(value)
 
 
 def is_strict(schema: Any) -> bool:
@@ -195,6 +215,18 @@ def format_parameters(model: _run.Model, schema: dict[str, Any] | None, wanted: 
     return ({"text": {"format": form}} if shape == "responses" else {"response_format": form}), wanted == "json_schema"
 
 
+def refuse_dead_references(schema: dict[str, Any], dialect: str, registry: Any) -> None:
+    """Raise UsageError for a $ref that leads nowhere, or out of the schema to what would have to be downloaded."""
+    referencing = _run.optional("referencing.jsonschema")
+    resolver = registry.resolver_with_root(referencing.specification_with(dialect).create_resource(schema))
+    for reference in references(schema):
+        try:
+            resolver.lookup(reference)
+        except _run.optional("referencing.exceptions").Unresolvable:
+            problem = f"task, schema: $ref {reference!r} leads nowhere; put what it means into $defs of the schema"
+            raise UsageError(problem) from None
+
+
 def validator(schema: dict[str, Any] | None) -> Callable[[Any], str]:
     """A function that says why a value does not fit a schema."""
     if schema is None:
@@ -207,7 +239,9 @@ def validator(schema: dict[str, Any] | None) -> Callable[[Any], str]:
         raise UsageError(f"task, schema: {error.message}") from None
     if "object" not in schema.get("type", "object"):  # a text or a list of texts
         raise UsageError(f"task, schema: an answer is an object; put your {schema['type']} into a field of one")
-    checker = kind(schema)
+    registry = _run.optional("jsonschema_specifications").REGISTRY  # subtle: this one loads nothing from a network
+    refuse_dead_references(schema, kind.META_SCHEMA["$schema"], registry)
+    checker = kind(schema, registry=registry)
 
     def problem_of(value: Any) -> str:
         error = jsonschema.exceptions.best_match(checker.iter_errors(value))
