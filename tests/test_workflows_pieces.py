@@ -595,14 +595,16 @@ def test_prompts_without_a_template(tmp_path: Path) -> None:
     assert not (tmp_path / "q_requests.jsonl").exists()
 
 
-def test_answers_find_the_requests_of_a_workflow(tmp_path: Path) -> None:
-    """x_requests.jsonl stands beside x_results.jsonl; x.jsonl may be something else, and is not overwritten."""
-    write_results(tmp_path / "x_results.jsonl", [[{"messages": [{"content": "1"}]}, chat({"content": "a"}), {"id": 1}]])
+def test_answers_find_the_requests_of_a_workflow(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """x_requests.jsonl stands beside x_results.jsonl; x.jsonl may be something else. What is no result is told."""
+    result = [{"messages": [{"content": "1"}]}, chat({"content": "a"}), {"id": 1}]
+    write_results(tmp_path / "x_results.jsonl", [result, {"no": "result"}])
     (tmp_path / "x.jsonl").write_text('{"instruction": "a dataset"}\n', "utf-8")
     (tmp_path / "x_requests.jsonl").write_text('{"messages": [{"content": "1"}], "metadata": {"id": 1}}\n', "utf-8")
     words = [str(tmp_path / "x_results.jsonl"), str(tmp_path / "a.csv")]
     assert answers.main(words) == 0
     assert (tmp_path / "a.csv").read_text("utf-8").splitlines()[1:] == ["1,a,,success,7,"]
+    assert "no result lines: 1." in caplog.text
     with pytest.raises(UsageError, match="is an input"):
         answers.main([words[0], str(tmp_path / "x_requests.jsonl"), "--overwrite"])
     with pytest.raises(UsageError, match=r"ends in \.csv, \.tsv, \.jsonl"):

@@ -74,6 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     if requests_path is None:
         LOGGER.warning("In the order of the results; --requests_filepath gives the order of the requests.")
     results = Results(arguments.results)
+    if results.left_out:
+        LOGGER.warning("Lines left out, since they are no result lines: %s.", f"{results.left_out:,}")
     rows = answer_rows(results, requests_path)
     count = _files.write_table(arguments.output, rows, last=COLUMNS, excel=arguments.excel)
     results.close()
