@@ -310,7 +310,7 @@ def main_program(main: Callable[[list[str] | None], int], argv: list[str] | None
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush goes nowhere
         return 128 + getattr(signal, "SIGPIPE", 13)
     except OSError as error:
-        complain(f"Stopped: {error}. The same command continues.")
+        complain(f"Stopped: {error}. Put that right; the same command continues.")
         return 3 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2
     else:
         return code
