@@ -422,7 +422,7 @@ def main(argv: list[str] | None = None) -> int:
         if requests_path.exists() and requests_path.samefile(source):
             raise UsageError(f"io.input_file is {requests_path}, which this program would write: rename one")
         if not number and output.exists() and not results_path.exists():
-            raise UsageError(f"{output} exists and is no output of this program: move it away, or name another output")
+            raise UsageError(f"{output} exists, but not {results_path} of it: move it away, or name another output")
         with opened_results(rounds) as before:
             asked = _files.write_requests(requests_path, requests_of_round(task, source, needed, before))
         if not asked and number:
