@@ -1911,8 +1911,8 @@ def expected_cost(settings: Settings, url: str, models: dict[str, list[int]]) ->
             cost += times * float(list_prices.calc_price(mean, model, provider_api_url=url).total_price)
     except ImportError:
         return ""
-    except LookupError as error:
-        return f" Expected cost: {error}; --input_price and --output_price would tell."
+    except LookupError:
+        return f" No list price for {model} at {urlsplit(url).hostname}: --input_price and --output_price would tell."
     return f" Expected cost: {cost:,.4f} dollars, by the list prices of genai-prices."
 
 

@@ -349,7 +349,7 @@ def test_shells_complete_flags_and_providers(tmp_path: Path) -> None:
     [
         (["--input_price", "1", "--output_price", "2"], r"Expected cost: 0\.00\d+\."),
         ([], r"Expected cost: 0\.00\d+ dollars, by the list prices of genai-prices"),
-        (["--request_url", NOWHERE], r"Expected cost: Unable to find provider .*--input_price and --output_price"),
+        (["--request_url", NOWHERE], r"No list price for gpt-4o-mini at \S+: --input_price and --output_price"),
     ],
 )
 def test_a_dry_run_tells_what_it_would_cost(job: Path, flags: list[str], told: str) -> None:

@@ -335,5 +335,6 @@ def with_underscores(flag: re.Match[str]) -> str:
 def new_parser(doc: str | None) -> Parser:
     """A parser whose help is the module's docstring."""
     summary, _, rest = (doc or "").partition("\n\n")
-    layout = argparse.RawDescriptionHelpFormatter
-    return Parser(description=summary, epilog=rest, formatter_class=layout, allow_abbrev=False)
+    layout, place = argparse.RawDescriptionHelpFormatter, Path(sys.argv[0])
+    program = f"python -m workflows.{place.stem}" if place.parent.name == "workflows" else None
+    return Parser(program, description=summary, epilog=rest, formatter_class=layout, allow_abbrev=False)
