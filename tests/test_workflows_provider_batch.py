@@ -538,6 +538,31 @@ def test_money_saved(provider: str, models: list[str], cap: int | None, told: st
     assert bool(words) == bool(told)
 
 
+def test_missing_files_of_a_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without the folder of its parts a job cannot be collected: that is told, and how to go on; nothing is lost."""
+    with World(tmp_path).serving() as world:
+        world.write(3)
+        assert world.run(command="create") == 0
+        folder = Path(f"{world.results}.batch")
+        folder.rename(tmp_path / "aside")
+        for command in ("run", "collect"):
+            assert world.run(command=command) == 2
+            assert f"restore {folder}" in capsys.readouterr().err
+        (tmp_path / "aside").rename(folder)
+        assert world.run() == 0
+    assert len(world.lines()) == 3
+
+
+def test_what_cannot_start_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A request file that is not there, or a job for a command that takes none, is told, and no file is made."""
+    with World(tmp_path).serving() as world:
+        assert world.run() == 2
+        assert "'r.jsonl'" in capsys.readouterr().err.replace(f"{tmp_path}/", "")
+        assert world.run("batch_1", command="collect") == 2
+    assert "`status` and `cancel`" in capsys.readouterr().err
+    assert not [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")]
+
+
 def test_dry_run_sends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The plan is told, and nothing is sent or kept."""
     with World(tmp_path).serving() as world:

@@ -156,11 +156,17 @@ class Requests:
     """The requests of a part as the files of the part hold them: by number, read when asked for."""
 
     def __init__(self, ledger: Ledger, part: Part) -> None:
-        """Open the files; the metadata, which are small, are mapped into memory."""
-        # subtle: outputs come in any order, so a buffer would be filled for every line
-        self.upload = ledger.file(part, "upload").open("rb", buffering=0)
-        with ledger.file(part, "metadata").open("rb") as file:
-            self.metadata = mmap(file.fileno(), 0, access=ACCESS_READ)
+        """Open the files; the metadata, which are small, are mapped into memory. UsageError if one is missing."""
+        try:
+            with ledger.file(part, "metadata").open("rb") as file:
+                self.metadata = mmap(file.fileno(), 0, access=ACCESS_READ)
+            # subtle: outputs come in any order, so a buffer would be filled for every line
+            self.upload = ledger.file(part, "upload").open("rb", buffering=0)
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"what the open job {part.name} was made of cannot be read ({error}), and its results are matched by "
+                f"it: restore {ledger.folder}, or move {ledger.path} away, and its requests are sent and paid again"
+            ) from None
         self.starts = array("Q", [0])
         for line in iter(self.metadata.readline, b""):
             self.starts.append(self.starts[-1] + len(line))

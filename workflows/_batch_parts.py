@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
 from api_request_parallel_processor import (
-    UsageError,
     dumps,
     estimate_text,
     estimate_tokens,
@@ -138,8 +137,6 @@ class Splitter:
 
 def requests_of(path: Path, endpoint: Endpoint, limit: float = math.inf) -> Iterator[Request]:
     """Give the requests of a file, one by one; bad lines have a `problem`."""
-    if not path.is_file():
-        raise UsageError(f"the request file {path} is no regular file; a batch needs one that can be read twice")
     number, given = 0, 0
     with path.open("rb", buffering=BLOCK) as file:
         while given < limit and (raw := read_bounded(file)):

@@ -161,6 +161,11 @@ class Batch:
         """Split what is neither finished nor open into parts; the results file is locked only for that long."""
         options, ledger = self.options, self.ledger
         providers.check_window(self.target.transport, self.hours)
+        if not Path(options.requests_filepath).is_file():
+            raise UsageError(
+                f"--requests_filepath {options.requests_filepath!r}: there is no regular file of that name, and a "
+                "batch needs one that can be read twice"
+            )
         self.plan = Plan()
         name = re.sub(r"[^A-Za-z0-9_.-]+", "_", options.job_name or Path(options.requests_filepath).stem)[:40]
         common = {"request_url": options.request_url, "provider": self.endpoint.provider.name, "hours": self.hours}
@@ -517,6 +522,8 @@ def main(argv: list[str] | None = None) -> int:
         parameters = {name: getattr(arguments, name) for name in SAMPLING}
         write_prompts(path, _files.read_rows(arguments.input_file), options, arguments.model, parameters)
         options = replace(options, requests_filepath=str(path))
+    if arguments.ids and arguments.command not in ("status", "cancel"):
+        raise UsageError(f"`{arguments.command}` takes no jobs: `status` and `cancel` do")
     if not options.requests_filepath and not (options.save_filepath or arguments.command == "list" or arguments.ids):
         raise UsageError("say which requests: --requests_filepath, or --input_file with prompts")
     return run_command(arguments.command, arguments.ids, options)
