@@ -398,8 +398,7 @@ class Run:
             enough = max(2, waiting + 1) if self.reader.ended and reply.status in (0, 503) else OUTAGE_STREAK
             newest_first = (other for other, _ in reversed(self.in_flight.values()) if other.endpoint is endpoint)
             if endpoint.outage.failed(request, enough, newest_first, now):
-                message = "The provider (%s) seems to be down: %s. The queue is kept, probes go on."
-                LOGGER.warning(message, endpoint.name, verdict.message)
+                LOGGER.warning("%s seems to be down: %s. The rest waits, probes go on.", endpoint.name, verdict.message)
                 for other in [other for other, outage in self.limbo.items() if outage is endpoint.outage]:
                     heapq.heappush(self.retries, (now, other.line, other))
                     del self.limbo[other]
@@ -958,7 +957,7 @@ class Pacer:
         growing = self._capped if bound is window else not self._ramping
         if bound and growing and now >= bound.quiet_until and bound.value < bound.top:
             bound.trail.append(bound.value)
-            share = 0.01 * 2 ** min(5, len(bound.trail))
+            share = 0.01 * 2 ** min(5, max(1, len(bound.trail) - 10 * (bound.hold > 2)))  # gently after two failures
             bound.value = min(bound.top, bound.value + max(bound is window, share * bound.value))
         self._ticked, self._bound = now, (None, bound)
         return now
@@ -1104,7 +1103,8 @@ class Pacer:
 
     def describe(self) -> str:
         """What limit was found, in words; "" if there is nothing worth telling."""
-        rate, allowed = self._rates[0].top if self._ramping else self._rates[0].value, self._budgets[0] / 60
+        limit, allowed = self._rates[0], self._budgets[0] / 60
+        rate = limit.top if self._ramping or limit.value >= limit.top else [*limit.trail[-9:], limit.value][0]
         if self._capped and self._window in self._bound:
             return f"this server takes about {self._window.value:.0f} requests at once"
         told = f"; you allowed {allowed:.3g}" if allowed < 1e9 else ""

@@ -455,6 +455,17 @@ def test_what_was_found_is_told_in_words() -> None:
     assert Pacer(6000).describe() == ""
 
 
+@pytest.mark.parametrize("budget", [0, 3600])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_server_that_allows_no_burst_of_a_second(budget: int, seed: int) -> None:
+    """As nginx with rate=30r/s burst=5: its pace is approached step by step, and told as what it is."""
+    server = simulation.Bucket(1800, 1 / 6, lambda job: 1.0)
+    run = simulate(server, [Job()] * 3000, Pacer(budget), seed=seed)
+    assert run.seconds <= 1.35 * 100
+    assert run.refused_share < 0.01
+    assert 20 < float(run.found.split()[4]) < 32
+
+
 def test_the_pacer_is_cheap_whatever_is_in_flight() -> None:
     """Ten thousand in flight change nothing; an hour's traffic is simulated in moments (generous bound)."""
     begun = time.process_time()
