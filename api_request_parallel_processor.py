@@ -1935,16 +1935,16 @@ def complain(text: str) -> None:
 # ==== command line ====================================================================================================
 
 
-async def process_api_requests_from_file(requests_filepath: str, **settings: Any) -> Tally:
-    """Process a request file; the keyword arguments are the flags of the command line, repeated ones as a list.
+async def process_api_requests_from_file(requests_filepath: str | os.PathLike[str], **settings: Any) -> Tally:
+    """Process a request file; keyword arguments are the flags of the command line, None their default, lists repeat.
 
     Returns the tally, also of a run that stopped early. Raises UsageError. Installs no signal handlers.
     """
     for unknown in settings.keys() - Settings.__dataclass_fields__.keys():
         raise UsageError(f"unknown setting {unknown!r}; the fields of Settings are what there is")
-    joined = {name: " ".join(given) for name, given in settings.items() if isinstance(given, list | tuple)}
-    joined.pop("request_header", None)
-    return await run_job(Settings(requests_filepath=requests_filepath, **(settings | joined)))
+    given = {n: os.fspath(v) if isinstance(v, os.PathLike) else v for n, v in settings.items() if v is not None}
+    lists = {n: " ".join(v) for n, v in given.items() if isinstance(v, list | tuple) and n != "request_header"}
+    return await run_job(Settings(requests_filepath=os.fspath(requests_filepath), **(given | lists)))
 
 
 async def run_job(settings: Settings, *, main_program: bool = False) -> Tally:

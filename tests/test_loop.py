@@ -475,19 +475,20 @@ def test_two_jobs_in_one_process(tmp_path: Path) -> None:
     assert one_line_each(chats(5), read_lines(tmp_path / "a_results.jsonl"))
 
 
-def test_paths_may_be_path_objects(tmp_path: Path) -> None:
-    """From Python, files are named by strings or by paths."""
+@pytest.mark.parametrize(("named", "saved"), [("out.jsonl", "out.jsonl"), (None, "job_results.jsonl")])
+def test_paths_may_be_path_objects(tmp_path: Path, named: str | None, saved: str) -> None:
+    """From Python, files are named by strings or by paths, and None is what is not given."""
 
     async def run() -> int:
         async with LocalProvider() as provider:
-            path: Any = write_lines(tmp_path / "job.jsonl", chats(2))
-            save: Any = tmp_path / "out.jsonl"
+            path = write_lines(tmp_path / "job.jsonl", chats(2))
+            settings = {"save_filepath": tmp_path / named if named else None, "max_attempts": None, "api_key": None}
             url = provider.url + CHAT
-            tally = await process_api_requests_from_file(path, save_filepath=save, request_url=url, progress="none")
+            tally = await process_api_requests_from_file(path, request_url=url, progress="none", **settings)
             return tally.exit_code
 
     assert virtually(run()) == 0
-    assert len(read_lines(tmp_path / "out.jsonl")) == 2
+    assert len(read_lines(tmp_path / saved)) == 2
 
 
 def test_a_cancelled_job_leaves_whole_lines_and_no_lock(tmp_path: Path) -> None:
