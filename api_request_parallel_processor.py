@@ -1248,7 +1248,7 @@ class Endpoint:
 def explain(error: Exception, reply: Reply) -> None:
     """Put an error of the network in words, and tell whether the request may have reached the provider."""
     words = f"{error.status} {error.message}" if isinstance(error, aiohttp.ClientResponseError) else str(error)
-    reply.failure, reply.message = "connection", f"{type(error).__name__}: {words}"
+    reply.failure, reply.message = "connection", one_line(f"{type(error).__name__}: {words}")
     reply.sent = not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
     if isinstance(error, TimeoutError):
         reply.failure, reply.message = "timeout", f"no connection within {CONNECT_SECONDS:.0f} s"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from api_request_parallel_processor import UsageError, process_api_requests_from_file
+from api_request_parallel_processor import Reply, UsageError, explain, process_api_requests_from_file
 from tests.jobs import (
     CHAT,
     KEY,
@@ -401,6 +401,12 @@ def test_a_reply_that_is_no_json_is_a_failed_attempt(tmp_path: Path, body: str) 
 def test_a_content_encoding_that_packs_nothing(tmp_path: Path, encoding: str) -> None:
     """Some servers mistake it for the charset."""
     assert answered(tmp_path, json.dumps(WHOLE).encode(), f"Content-Encoding: {encoding}") == WHOLE
+
+
+def test_errors_of_the_network_are_one_line() -> None:
+    """Parsers of HTTP point at what they do not understand over several lines, which would tear the log."""
+    explain(ValueError("Expected HTTP/:\n\n  b'SSH-2.0'\n    ^"), reply := Reply())
+    assert reply.message == "ValueError: Expected HTTP/: b'SSH-2.0' ^"
 
 
 def test_long_headers(tmp_path: Path) -> None:
