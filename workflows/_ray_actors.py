@@ -35,13 +35,14 @@ from api_request_parallel_processor import (
     make_endpoint,
     open_files_for,
 )
-from workflows._ray_leases import BATCH_SECONDS, LANES, ClusterPacer, Grant, LeasedPacer, Leases, News, Purse, Want
+from workflows._ray_leases import LANES, ClusterPacer, Grant, LeasedPacer, Leases, News, Purse, Want
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
 HEARTBEAT_SECONDS = 0.25  # between two reports of a worker that has nothing to report
 FEW_REQUESTS, FEW_BYTES = 500, 4 << 20  # left to a worker: it should be handed more
+TURN_SECONDS = 0.004  # between two looks at what may start: the pacing catches up twice as much
 LOOK_AHEAD_SECONDS = 0.05  # at a time, for counting the tokens of what is to be asked for
 MOST_UNREPORTED_BYTES = 64 << 20  # of results that the driver has not fetched: nothing is started then
 
@@ -84,9 +85,9 @@ def clock() -> float:
 class Budgets:
     """The actor that holds the budgets of all workers, for each endpoint its own."""
 
-    def __init__(self, pacing: list[dict[str, Any]], max_cost: float) -> None:
+    def __init__(self, pacing: list[dict[str, Any]], max_cost: float, message_seconds: float) -> None:
         self.purse = Purse(max_cost)
-        self.leases = [Leases(ClusterPacer(**values), self.purse) for values in pacing]
+        self.leases = [Leases(ClusterPacer(**values), self.purse, message_seconds) for values in pacing]
         self.kicked = asyncio.Event()
         self.dispatcher: asyncio.Task[None] | None = None
 
@@ -138,7 +139,7 @@ class Budgets:
         loop = asyncio.get_running_loop()
         while True:
             seconds = min([leases.turn(clock()) for leases in self.leases]) - clock()
-            timer = loop.call_later(max(seconds, BATCH_SECONDS), self.kicked.set) if seconds < math.inf else None
+            timer = loop.call_later(max(seconds, TURN_SECONDS), self.kicked.set) if seconds < math.inf else None
             await self.kicked.wait()
             self.kicked.clear()
             if timer:
@@ -373,7 +374,6 @@ class Worker:
                 grants = await self.budgets.lease.remote(endpoint, self.name, lane, wants, news)
                 pacer.take_in(grants, len(wants), asked_at)
                 in_line = bool(wants) and not grants
-                await asyncio.sleep(max(0.0, asked_at + self.message_seconds - clock()))
 
     async def _tell(self, endpoint: int, pacer: LeasedPacer, tells: asyncio.Event) -> None:
         """Report what ended: little at once, much together."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 LEASE_SECONDS = 0.5  # after asking for a start: until then it is used, or it is given back
 HOLD_SECONDS = 0.2  # until an ask is answered, if only with nothing, so that a lease is still fresh when it arrives
 AWAY_SECONDS = 0.25  # that who was answered with nothing keeps the place in the line
-BATCH_SECONDS = 0.004  # in which starts that become free one after the other are granted together
+MESSAGE_SECONDS = 0.05  # between two answers to a worker, or two of its messages: what comes meanwhile goes together
 MOST_AT_ONCE = 256  # starts in one ask
 LANES = 2  # asks of a worker that may be under way: one waits in the line while the answer of another travels
 
@@ -115,8 +115,10 @@ class Leases:
     A budget stays a ceiling for any minute: a lease counts as started at the last moment at which it may be used.
     """
 
-    def __init__(self, pacer: ClusterPacer, purse: Purse | None = None) -> None:
-        self.pacer, self.purse = pacer, purse or Purse()
+    def __init__(
+        self, pacer: ClusterPacer, purse: Purse | None = None, message_seconds: float = MESSAGE_SECONDS
+    ) -> None:
+        self.pacer, self.purse, self.message_seconds = pacer, purse or Purse(), message_seconds
         self.line: dict[tuple[str, int], _Ask] = {}  # whoever asks again before leaving it keeps the place
         self.open: dict[int, _Lease] = {}
         self.granted = 0
@@ -161,7 +163,7 @@ class Leases:
             if ask.away_until:
                 due = ask.away_until
             elif ask.grants:
-                due = ask.first + BATCH_SECONDS
+                due = self._due(ask)
             elif now >= (due := ask.asked + HOLD_SECONDS):
                 ask.away_until = due = now + AWAY_SECONDS
                 ask.answer([])
@@ -183,11 +185,15 @@ class Leases:
                 if wait <= 0:
                     self._grant(place[0], ask, now)
                     continue
-                if not ask.grants or now + wait < ask.first + BATCH_SECONDS:
+                if not ask.grants or now + wait < self._due(ask) or (now < self._due(ask) and wait == math.inf):
                     return now + wait
             del self.line[place]
             ask.answer(ask.grants)
         return math.inf
+
+    def _due(self, ask: _Ask) -> float:
+        """When an ask is answered with what was granted by then: later for a single one than in a long line."""
+        return ask.first + self.message_seconds / len(self.line)
 
     def _delay(self, want: Want, now: float) -> float:
         cost = Cost(want.expected, want.worst)

@@ -49,6 +49,7 @@ from api_request_parallel_processor import (
 )
 from workflows._ray_actors import Budgets, Worker, clock
 from workflows._ray_driver import Driver, JoinedResults, ShardReader, ShownPacer
+from workflows._ray_leases import MESSAGE_SECONDS
 from workflows._run import main_program, optional
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
     from api_request_parallel_processor import Endpoint
 
 PATIENCE_SECONDS = 15.0  # with a worker that has not begun, before a word about it
-MESSAGE_SECONDS, MESSAGES_PER_SECOND = (0.05, 0.25), 150.0  # between two of a worker; of all: each takes Ray some CPU
+MESSAGES_PER_SECOND = 150.0  # of all workers, on each matter: some take Ray almost a millisecond of processor time
 
 
 class Cluster:
@@ -88,13 +89,18 @@ class Cluster:
     async def open(self, settings: Settings, endpoints: list[Endpoint], stack: contextlib.AsyncExitStack) -> None:
         """Start the actor with the budgets, beside the driver, and let it notice at once when the driver is gone."""
         holder = self.ray.remote(num_cpus=0, scheduling_strategy=self.here())(Budgets)
-        self.budgets = holder.remote([pacing(endpoint) for endpoint in endpoints], settings.max_cost)
+        self.budgets = holder.remote(list(map(pacing, endpoints)), settings.max_cost, self.message_seconds)
         ends: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
         line = await asyncio.start_server(lambda *end: ends.append(end), "127.0.0.1", 0)
         stack.callback(lambda: [line.close(), *(end[1].close() for end in ends)])  # type: ignore[func-returns-value]
         self.budgets.watch_driver.remote(line.sockets[0].getsockname()[1])
         rows = [replace(one.settings, request_url=one.url, api_key=one.key) for one in endpoints]
         self.rows = [replace(row, max_cost=0.0, give_up_minutes=0.0, endpoints_filepath="") for row in rows]  # ours
+
+    @property
+    def message_seconds(self) -> float:
+        """Between two messages of a worker on the same matter; a lease must not grow old meanwhile."""
+        return min(3 * MESSAGE_SECONDS, max(MESSAGE_SECONDS, self.workers / MESSAGES_PER_SECOND))
 
     def here(self) -> Any:
         """The node of the driver, as the place for an actor; a soft affinity would let Ray take any."""
@@ -108,12 +114,10 @@ class Cluster:
 
     async def begin(self, actor: Any, name: str) -> None:
         """Wait until it runs, and tell it what the run is."""
-        least, most = MESSAGE_SECONDS
-        seconds = min(most, max(least, self.workers / MESSAGES_PER_SECOND))
         words = "Worker %s waits for a free core in the cluster (`ray status`); the others go on."
         patience = asyncio.get_running_loop().call_later(PATIENCE_SECONDS, LOGGER.warning, words, name)
         try:
-            place = await actor.begin.remote(name, self.rows, self.budgets, seconds)
+            place = await actor.begin.remote(name, self.rows, self.budgets, self.message_seconds)
         finally:
             patience.cancel()
         LOGGER.debug("Worker %s runs on %s", name, place)
