@@ -250,7 +250,7 @@ class Sender:
 
     def take(self, lane: int, grants: list[Grant], wants: list[Want], asked_at: float) -> None:
         self.busy.discard(lane)
-        self.pacer.take_in(grants, len(wants), asked_at)
+        self.pacer.take_in(grants, len(wants), asked_at, self.all.now)
         if wants and not grants:
             self.ask(lane, again=True)
 
@@ -293,8 +293,8 @@ def test_a_start_that_fits_nothing_hardly_makes_a_worker_ask_for_less() -> None:
     """Costs vary, so some of what was granted is always too small; what is not used at all is asked for no more."""
     pacer = LeasedPacer(1000, lambda n: [Cost(10, 10)] * n, lambda _: 0.0, *[lambda: None] * 3)
     pacer.portion = 100
-    pacer.take_in([Grant(1, 1, 1)], 1, 0.0)
-    pacer.take_in([Grant(number, 10, 10) for number in range(2, 52)], 50, 0.3)
+    pacer.take_in([Grant(1, 1, 1)], 1, 0.0, 0.2)
+    pacer.take_in([Grant(number, 10, 10) for number in range(2, 52)], 50, 0.3, 0.4)
     pacer.drop_late(LEASE_SECONDS)
     assert (pacer.portion, len(pacer.pool), pacer.unused) == (99, 50, [1])
     pacer.drop_late(0.3 + LEASE_SECONDS)

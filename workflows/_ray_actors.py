@@ -372,7 +372,7 @@ class Worker:
             if wants or in_line:
                 news = pacer.news(self.run.tally.spent)
                 grants = await self.budgets.lease.remote(endpoint, self.name, lane, wants, news)
-                pacer.take_in(grants, len(wants), asked_at)
+                pacer.take_in(grants, len(wants), asked_at, clock())
                 in_line = bool(wants) and not grants
 
     async def _tell(self, endpoint: int, pacer: LeasedPacer, tells: asyncio.Event) -> None:

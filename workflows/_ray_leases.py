@@ -294,9 +294,9 @@ class LeasedPacer(Pacer):
         # What is learned until it starts may raise the cost a little; the end of the attempt settles it.
         return [Want(c.expected + c.expected // 20 + 8, c.worst + c.worst // 20 + 8, self.price(c)) for c in costs]
 
-    def take_in(self, grants: list[Grant], asked: int, asked_at: float) -> None:
-        """Keep what was granted of an ask of so many; ask for more the next time if it is used up at once."""
-        if grants and len(grants) == asked and self.blocked and not self.pool:
+    def take_in(self, grants: list[Grant], asked: int, asked_at: float, now: float) -> None:
+        """Keep what was granted of an ask of so many; ask for more the next time if that took but a moment."""
+        if grants and len(grants) == asked and now - asked_at < MESSAGE_SECONDS:
             self.portion = min(MOST_AT_ONCE, 2 * self.portion)
         self.asked, self.sought = self.asked - asked, None
         self.pool += [(asked_at + LEASE_SECONDS, grant) for grant in grants]
