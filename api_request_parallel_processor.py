@@ -102,7 +102,7 @@ __all__ = [
     "complain", "conclude", "dumps", "duration", "each_endpoint", "error_words", "estimate_text", "estimate_tokens",
     "explain", "find_provider", "find_shape", "hear_signals", "identity", "judge", "likely_mistake", "loads", "locked",
     "make_endpoint", "one_line", "open_files_for", "parse_line", "process_api_requests_from_file", "read_bounded",
-    "read_limits", "read_result", "read_usage", "refuse_open_batches", "retry_delay", "run_job"]  # fmt: skip
+    "read_limits", "read_result", "read_usage", "refuse_unfinished", "retry_delay", "run_job"]  # fmt: skip
 
 STATIONS = ("read", "estimate", "pace", "send", "judge", "record", "report")
 LOGGER = logging.getLogger("api_request_parallel_processor")
@@ -1967,7 +1967,7 @@ async def run_job(settings: Settings, *, main_program: bool = False) -> Tally:
         stack.callback(reader.close)
         if settings.dry_run:
             return await dry_run(settings, reader, endpoints)
-        refuse_open_batches(settings)
+        refuse_unfinished(settings)
         results = ResultsFile(settings.results_path, path, restart=settings.restart)
         stack.callback(results.close)
         clock = time.monotonic if "uvloop" in type(loop).__module__ else loop.time  # uvloop's moves by milliseconds
@@ -1994,8 +1994,7 @@ def conclude(run: Run, began: float) -> Tally:
         run.results.finish(whole=not run.stopped_by, limited=run.settings.limit > 0)
     except ResultsLost as lost:
         run.stop("results", str(lost))
-    tally = run.tally
-    tally.seconds = time.monotonic() - began
+    tally, run.tally.seconds = run.tally, time.monotonic() - began
     tally.exit_code = 128 + run.signal if run.signal else 3 if run.stopped_by else 1 if tally.failed else 0
     run.reporter.close()
     for line in summarize(run):
@@ -2003,15 +2002,16 @@ def conclude(run: Run, began: float) -> Tally:
     return tally
 
 
-def refuse_open_batches(settings: Settings) -> None:
-    """Refuse results whose requests are with a provider's Batch API, as workflows.provider_batch notes it."""
-    ledger, jobs = f"{os.path.realpath(settings.results_path)}.batch.json", []
-    if os.path.isfile(ledger) and not settings.ignore_batch:
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError), open(ledger, "rb") as file:
-            jobs = [str(job.get("id") or job.get("name")) for job in loads(file.read())["jobs"] if job.get("open")]
-    if jobs:
+def refuse_unfinished(settings: Settings, *, shards: bool = True) -> None:
+    """Refuse results of which the rest is elsewhere: with a provider's Batch API, or in the shards of a cluster run."""
+    path, jobs = os.path.realpath(settings.results_path), []
+    with contextlib.suppress(Exception), open(f"{path}.batch.json", "rb") as file:
+        jobs = [str(job.get("id") or job.get("name")) for job in loads(file.read())["jobs"] if job.get("open")]
+    if jobs and not settings.ignore_batch:
         told = f"batch jobs are open for these results: {', '.join(jobs[:3])}"
         raise UsageError(f"{told}. `python -m workflows.provider_batch run` collects them; --ignore_batch overrides")
+    if shards and Path(f"{path}.shards").is_dir():
+        raise UsageError(f"{path}.shards holds results of a cluster: `python -m workflows.ray_cluster` goes on with it")
 
 
 def hear_signals(run: Run, stack: contextlib.AsyncExitStack) -> None:

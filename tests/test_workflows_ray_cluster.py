@@ -23,7 +23,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api_request_parallel_processor import LOGGER, Cost, Outcome, ServerLimits, Settings, Tally, UsageError
+from api_request_parallel_processor import (
+    LOGGER,
+    Cost,
+    Outcome,
+    ServerLimits,
+    Settings,
+    Tally,
+    UsageError,
+    process_api_requests_from_file,
+)
 from tests.jobs import CHAT, KEY, chats, clean_environment, one_line_each, read_lines, virtually, write_lines
 from tests.local_provider import LocalProvider, Options, Stats
 from workflows import ray_cluster
@@ -565,6 +574,20 @@ def test_restart_keeps_the_old_shards_apart(tmp_path: Path) -> None:
     second = play(tmp_path, chats(20), restart=True)
     assert second.stats.calls == 20
     assert [path.name for path in tmp_path.glob("job_results.jsonl.shards.*/*")] == ["20260101T000000-000001.jsonl"]
+
+
+def test_the_plain_program_leaves_shards_to_the_cluster(tmp_path: Path) -> None:
+    """It does not know what is in them and would send it again; once they are joined it goes on."""
+    first = play(tmp_path, chats(20))
+    shards = Path(f"{first.results}.shards")
+    shards.mkdir()
+    first.results.rename(shards / "20260101T000000-000001.jsonl")
+    plain = process_api_requests_from_file(tmp_path / "job.jsonl", api_key=KEY)
+    with pytest.raises(UsageError, match=r"job_results.jsonl.shards holds .* workflows.ray_cluster` goes on with it"):
+        asyncio.run(plain)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["job.jsonl", shards.name], "nothing was touched"
+    assert play(tmp_path, chats(20)).stats.calls == 0
+    assert asyncio.run(process_api_requests_from_file(tmp_path / "job.jsonl", api_key=KEY)).finished_before == 20
 
 
 def test_limit_and_what_is_left(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ from api_request_parallel_processor import (
     each_endpoint,
     hear_signals,
     make_endpoint,
-    refuse_open_batches,
+    refuse_unfinished,
     run_job,
 )
 from workflows._ray_actors import Budgets, Worker, clock
@@ -176,7 +176,7 @@ async def run_cluster(settings: Settings, workers: int, address: str) -> Tally:
         file, tokens = open_requests(path), Tokenizer(settings.token_encoding_name)
         reader = ShardReader(file, endpoints[0], tokens, settings.limit, lambda: loop.call_soon_threadsafe(wake.set))
         stack.callback(reader.close)
-        refuse_open_batches(settings)
+        refuse_unfinished(settings, shards=False)
         results = JoinedResults(settings.results_path, path, restart=settings.restart)
         stack.callback(results.close)
         for notice in results.notices:
