@@ -1871,8 +1871,7 @@ def summarize(run: Run) -> list[str]:
     cached = f" ({tally.cached_tokens:,} of them cached)" if tally.cached_tokens else ""
     lines: list[Any] = [  # what is false is left out
         f"{tally.succeeded:,} succeeded, {tally.failed:,} failed, {tally.finished_before:,} were finished before.",
-        tally.calls
-        and f"Calls: {tally.calls:,} in {duration(tally.seconds)}, {tally.refused / tally.calls:.1%} refused.",
+        used[0] and f"Calls: {used[0]:,} in {duration(tally.seconds)}, {tally.refused / used[0]:.1%} refused.",
         kinds and f"Attempts without success: {kinds}.",
         tally.answer_lost and f"Sent, answer lost (perhaps billed): {tally.answer_lost:,}.",
         tally.never_sent and f"Never sent: {tally.never_sent:,}.",

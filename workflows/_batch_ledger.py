@@ -9,7 +9,7 @@ from array import array
 from dataclasses import asdict, dataclass, field, fields
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import IO, TYPE_CHECKING, Self
 
 from api_request_parallel_processor import UsageError, identity, loads
 
@@ -186,14 +186,21 @@ class Requests:
         line = self.metadata[self.starts[number] : self.starts[number + 1] - 1]
         at, size, metadata, body = line.split(b"\t")
         if not body:
-            self.upload.seek(int(at))
-            body = self.upload.read(int(size))
+            body = read_at(self.upload, int(at), int(size))
         return body, metadata
 
     def identity(self, number: int) -> bytes:
         """Give what a request is recognised by."""
         body, metadata = self.read(number)
         return identity(loads(body), loads(metadata))
+
+
+def read_at(file: IO[bytes], place: int, size: int) -> bytes:
+    """Read so many bytes from a place in a file: in one call of the system, where it has that one."""
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), size, place)
+    file.seek(place)
+    return file.read(size)
 
 
 def identities(ledger: Ledger, part: Part) -> Iterator[bytes]:
