@@ -957,7 +957,7 @@ class Pacer:
         growing = self._capped if bound is window else not self._ramping
         if bound and growing and now >= bound.quiet_until and bound.value < bound.top:
             bound.trail.append(bound.value)
-            share = 0.01 * 2 ** min(5, max(1, len(bound.trail) - 10 * (bound.hold > 2)))  # gently after two failures
+            share = 0.01 * 2 ** min(5, max(1, len(bound.trail) - 20 * (bound.hold > 4)))  # gently after three failures
             bound.value = min(bound.top, bound.value + max(bound is window, share * bound.value))
         self._ticked, self._bound = now, (None, bound)
         return now
@@ -1025,12 +1025,14 @@ class Pacer:
         """Whether refusals stay rare, but do not end however slow it goes: they are no news about the pace then."""
         if self._share > PACE_CHANCE or now < self._deaf_until:
             return self._share <= PACE_CHANCE
-        if self._rates[0].taken > PACE_SERIES:
-            self._cuts, self._earlier = 0, [limit.value for limit in (*self._rates, self._window)]
-        self._cuts += 1
-        if self._cuts > 5 and not self._ramping:
-            for limit, value in zip((*self._rates, self._window), self._earlier, strict=True):
-                limit.value, limit.trail = value, []
+        limits = (*self._rates, self._window)
+        if self._rates[0].taken > PACE_SERIES or self._earlier[0] == PACE_FREE:
+            self._cuts, self._earlier = 0, [limit.value for limit in limits]
+        self._cuts, pairs = self._cuts + 1, list(zip(limits, self._earlier, strict=True))
+        slower = any(limit.value < before / 2 < PACE_FREE / 2 for limit, before in pairs)  # and yet refused
+        if self._cuts > 5 and slower and not self._ramping:
+            for limit, before in pairs:
+                limit.value, limit.trail = before, []
             self._deaf_until = now + 60
         return self._deaf_until > now
 
@@ -2109,8 +2111,7 @@ def make_endpoint(settings: Settings, secrets: Secrets) -> Endpoint:
         headers = {known: old for known, old in headers.items() if known.lower() != name.lower()} | {name: value}
         if re.search("auth|key|token|secret|cookie", name, re.IGNORECASE):
             secrets.add(value.removeprefix("Bearer "))
-    wanted = settings.max_concurrent_requests or MOST_CONCURRENT
-    allowed = open_files_for(wanted)
+    allowed = open_files_for(wanted := settings.max_concurrent_requests or MOST_CONCURRENT)
     if allowed < min(wanted, MOST_CONCURRENT // 2):
         LOGGER.warning("Open files are limited to at most %d requests in flight; `ulimit -n` raises that.", allowed)
     per_second, at_once = provider.per_second, provider.concurrency

@@ -466,6 +466,16 @@ def test_a_server_that_allows_no_burst_of_a_second(budget: int, seed: int) -> No
     assert 20 < float(run.found.split()[4]) < 32
 
 
+@pytest.mark.parametrize("budget", [0, 1200])
+@pytest.mark.parametrize("seed", [2, 5, 9])
+def test_a_server_that_allows_not_two_at_once(budget: int, seed: int) -> None:
+    """As nginx with rate=10r/s and no burst: its refusals are not taken for chance, which would let go of the pace."""
+    server = simulation.Bucket(600, 1 / 10, lambda job: 1.0)
+    run = simulate(server, [Job()] * 1000, Pacer(budget), seed=seed)
+    assert run.seconds <= 1.75 * 100
+    assert run.refused_share < 0.02
+
+
 def test_the_pacer_is_cheap_whatever_is_in_flight() -> None:
     """Ten thousand in flight change nothing; an hour's traffic is simulated in moments (generous bound)."""
     begun = time.process_time()
