@@ -843,7 +843,7 @@ class ServerLimits(NamedTuple):
     tokens_reset: float | None = None
 
 
-PACE_WINDOW = 60.25  # seconds that a start counts: a minute, and by what a new connection may delay an arrival
+PACE_WINDOW = 60.5  # seconds that a start counts: a minute, and by what a new connection may delay an arrival
 PACE_EVEN = 0.985  # share of an even rate at which one-second slots do not overflow when arrivals shift by some ms
 PACE_SLACK = 0.008  # seconds of the pace that may be caught up after waking late
 PACE_BIN = 0.05  # seconds of starts that are remembered together
