@@ -920,7 +920,7 @@ class Pacer:
         self._speed, self._base, self._peak = (0.0, 0), 0.0, 0.0  # replies a second, and in flight; see _watch_queue
         self._since, self._latencies, self._replies, self._count = 0.0, 0.0, 0, 0
         self._budgets = (requests_per_minute or PACE_FREE, tokens_per_minute or PACE_FREE)
-        self._share, self._cuts, self._deaf_until, self._earlier = 0.0, 0, -math.inf, [PACE_FREE] * 4
+        self._share, self._cuts, self._deaf_until, self._earlier = 0.0, -2, -math.inf, [PACE_FREE] * 4
         self._believe(None, None)
 
     def set_budgets(self, requests_per_minute: float, tokens_per_minute: float, _now: float = 0.0) -> None:
@@ -1026,8 +1026,8 @@ class Pacer:
         if self._share > PACE_CHANCE or now < self._deaf_until:
             return self._share <= PACE_CHANCE
         limits = (*self._rates, self._window)
-        if self._rates[0].taken > PACE_SERIES or self._earlier[0] == PACE_FREE:
-            self._cuts, self._earlier = 0, [limit.value for limit in limits]
+        if (proven := self._rates[0].taken > PACE_SERIES) or self._cuts < 0:  # at first there were but beliefs
+            self._cuts, self._earlier = 0 if proven else self._cuts, [limit.value for limit in limits]
         self._cuts, pairs = self._cuts + 1, list(zip(limits, self._earlier, strict=True))
         slower = any(limit.value < before / 2 < PACE_FREE / 2 for limit, before in pairs)  # and yet refused
         if self._cuts > 5 and slower and not self._ramping:
