@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import heapq
 import importlib.util
 import itertools
@@ -17,6 +18,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
@@ -676,12 +678,32 @@ def test_a_dry_run_needs_no_cluster(tmp_path: Path, provider: ProviderProcess) -
     assert done.returncode == 1
     assert "10 requests can be sent, 1 lines cannot." in done.stdout
     assert not (tmp_path / "job_results.jsonl").exists()
+    if importlib.util.find_spec("pyarrow"):
+        line = words(path, provider.url, "--dry_run")
+        line[line.index(str(path))] = path.as_uri()
+        again = subprocess.run(
+            line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False
+        )
+        assert (again.returncode, again.stdout) == (1, done.stdout), again.stderr
 
 
 def test_wrong_flags_are_told(tmp_path: Path, provider: ProviderProcess) -> None:
     done = command(tmp_path / "none.jsonl", provider.url)
     assert (done.returncode, "cannot be read" in done.stderr) == (2, True)
     assert command(tmp_path / "none.jsonl", provider.url, "--num_workers", -1).returncode == 2
+    done = command(tmp_path / "none.jsonl", provider.url, "--save_filepath", "s3://bucket/results.jsonl")
+    assert (done.returncode, "a file on this machine" in done.stderr) == (2, True)
+
+
+def test_the_code_can_be_sent_with_a_submitted_job() -> None:
+    """`ray job submit` joins the runtime environment with that of the job, and makes a copy for it."""
+    asked: dict[str, Any] = {}
+    cluster = FakeCluster("", 1)
+    cluster.ray = SimpleNamespace(init=lambda **more: asked.update(more))
+    cluster._connect("auto", 1)
+    sent = copy.deepcopy(asked["runtime_env"])["py_modules"]
+    assert [Path(path).name for path in sent] == ["api_request_parallel_processor.py", "workflows"]
+    assert all(Path(path).exists() for path in sent)
 
 
 def test_without_ray_it_says_what_to_install(tmp_path: Path, provider: ProviderProcess) -> None:

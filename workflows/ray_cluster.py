@@ -74,7 +74,8 @@ class Cluster:
     def _connect(self, address: str, workers: int) -> None:
         """Connect to a cluster, or start one of this machine alone if no address is given and none runs here."""
         common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        common["runtime_env"] = {"py_modules": [processor, str(Path(__file__).parent)]}
+        code = [str(processor.__file__), str(Path(__file__).parent)]  # as paths: those of a submitted job are copied
+        common["runtime_env"] = {"py_modules": code}
         try:
             with contextlib.suppress(*([ConnectionError] if not address else [])):
                 if address != "local":
@@ -84,7 +85,8 @@ class Cluster:
             cores = max(workers, os.cpu_count() or 1)
             self.ray.init(address="local", num_cpus=cores, include_dashboard=False, **common)
         except (ConnectionError, RuntimeError, ValueError, OSError, ImportError) as error:
-            raise UsageError(f"no connection to Ray ({error}); see --ray_address, and `ray status` there") from None
+            hint = "see --ray_address, and `ray status` there; RAY_AUTH_MODE=token if it wants a token"
+            raise UsageError(f"no connection to Ray ({error}); {hint}") from None
 
     async def open(self, settings: Settings, endpoints: list[Endpoint], stack: contextlib.AsyncExitStack) -> None:
         """Start the actor with the budgets, beside the driver, and let it notice at once when the driver is gone."""
@@ -221,6 +223,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError("--num_workers: give a number from 0 up; 0 = one on every node")
     if "://" in settings.requests_filepath and not (settings.save_filepath or settings.dry_run):
         raise UsageError("requests come from elsewhere: say with --save_filepath where the results go on this machine")
+    if "://" in settings.save_filepath:
+        raise UsageError("--save_filepath: results come to a file on this machine; copy it when the run has finished")
     if address.startswith("ray://"):
         raise UsageError("--ray_address ray:// is no place to run from: start this on a node, or with `ray job submit`")
     if not settings.dry_run:
@@ -229,6 +233,10 @@ def main(argv: list[str] | None = None) -> int:
     LOGGER.setLevel(max(1, int(level)) if level.isdecimal() else level)
     with asyncio.Runner(loop_factory=getattr(getattr(processor, "uvloop", None), "new_event_loop", None)) as runner:
         if settings.dry_run:
+            if "://" in settings.requests_filepath:
+                file = open_requests(settings.requests_filepath)  # subtle: closed again if nobody holds it
+                os.dup2(file.fileno(), 0)
+                settings = replace(settings, requests_filepath="-")
             tally = runner.run(run_job(settings))
         else:
             tally = runner.run(run_cluster(settings, workers, address))
