@@ -6,7 +6,8 @@ Budgets: seconds are those between the first call and the last answer, by the pr
 start. Without limits: requests a second, and the processor time of each role for one request, are those of the steady
 middle, from a quarter of the requests to three quarters. Here all roles share the cores of one machine, the stand-in
 for the provider too, which in truth is elsewhere: so the processor time of a role tells what it can do on a core of
-its own. A worker does its share of the requests, but there is one driver and one actor with the budgets for all.
+its own. Workers share the requests, but there is one driver and one actor with the budgets: the busier of the two says
+how much a cluster can do at most. Longer prompts are fewer, down to a tenth of the requests.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ def throughput(folder: Path, count: int, size: int, workers: list[int]) -> Itera
     for number in workers:
         say(f"no limits, {count} requests of {size} bytes, {number or 'no'} workers")
         run = measure(folder, requests, count, number, NO_BUDGETS, latency=0.2)
-        middle, central = run.middle, run.middle.each("driver") + run.middle.each("budgets")
+        middle, central = run.middle, max(run.middle.each("driver"), run.middle.each("budgets"))
         row = [size, number or "plain", f"{middle.calls / middle.seconds:,.0f}"]
         row += [f"{middle.each(role):.0f}" for role in ("driver", "budgets", "workers", "Ray", "provider")]
         yield [*row, f"{1e6 / central:,.0f}", f"{run.wall:.0f} s"]
@@ -182,11 +183,12 @@ def main() -> None:
         if arguments.seconds:
             head = "workers | time | of the budget used | refused | against the plain program | started and ended in"
             print(*table(head, budgets(folder, arguments.seconds)), "", sep="\n")
-        head = "prompt, bytes | workers | requests a second"
-        head += "| driver, us | budgets, us | workers, us | Ray, us | provider, us | one driver feeds, a second | took"
+        head = "prompt, bytes | workers | requests a second | driver, us | budgets, us | workers, us | Ray, us"
+        head += "| provider, us | one cluster, a second at most | took"
         workers = [int(number) for number in arguments.workers.split(",")]
         for size in map(int, arguments.prompt_bytes.split(",") if arguments.requests else []):
-            print(*table(head, throughput(folder, arguments.requests, size, workers)), sep="\n", flush=True)
+            count = max(arguments.requests // 10, min(arguments.requests, arguments.requests * 4000 // size))
+            print(*table(head, throughput(folder, count, size, workers)), sep="\n", flush=True)
 
 
 if __name__ == "__main__":
