@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import io
 import logging
 import os
@@ -74,7 +75,7 @@ class Cluster:
     def _connect(self, address: str, workers: int) -> None:
         """Connect to a cluster, or start one of this machine alone if no address is given and none runs here."""
         common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        code = [str(processor.__file__), str(Path(__file__).parent)]  # as paths: those of a submitted job are copied
+        code = [inspect.getfile(processor), str(Path(__file__).parent)]  # as paths: those of a submitted job are copied
         common["runtime_env"] = {"py_modules": code}
         try:
             with contextlib.suppress(*([ConnectionError] if not address else [])):
