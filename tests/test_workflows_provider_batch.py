@@ -563,6 +563,16 @@ def test_what_cannot_start_leaves_nothing(tmp_path: Path, capsys: pytest.Capture
     assert not [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")]
 
 
+def test_shards_of_a_cluster_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a cluster has left in shards would be paid again."""
+    (tmp_path / "r_results.jsonl.shards").mkdir()
+    with World(tmp_path).serving() as world:
+        world.write(3)
+        assert world.run() == 2
+    assert "workflows.ray_cluster` goes on with it" in capsys.readouterr().err
+    assert not world.batches.calls
+
+
 def test_dry_run_sends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The plan is told, and nothing is sent or kept."""
     with World(tmp_path).serving() as world:

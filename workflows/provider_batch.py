@@ -47,6 +47,7 @@ from api_request_parallel_processor import (
     locked,
     make_endpoint,
     process_api_requests_from_file,
+    refuse_unfinished,
     run_job,
 )
 from workflows import _batch_providers as providers
@@ -166,6 +167,7 @@ class Batch:
                 f"--requests_filepath {options.requests_filepath!r}: there is no regular file of that name, and a "
                 "batch needs one that can be read twice"
             )
+        refuse_unfinished(options.live(ignore_batch=True))
         self.plan = Plan()
         name = re.sub(r"[^A-Za-z0-9_.-]+", "_", options.job_name or Path(options.requests_filepath).stem)[:40]
         common = {"request_url": options.request_url, "provider": self.endpoint.provider.name, "hours": self.hours}
