@@ -152,14 +152,22 @@ class Settings:
     output_price: float = option("report", 0.0, "price of a million output tokens")
     max_cost: float = option("report", 0.0, "stop before more is spent, in the unit of the prices; 0 = no limit")
 
+    @classmethod
+    def of(cls, **given: Any) -> Settings:
+        """Settings of what a caller or a command line gives: None is the default, lists repeat, paths are texts."""
+        for unknown in given.keys() - cls.__dataclass_fields__.keys():
+            raise UsageError(f"unknown setting {unknown!r}; the fields of Settings are what there is")
+        told = {n: os.fspath(v) if isinstance(v, os.PathLike) else v for n, v in given.items() if v is not None}
+        lists = {n: v for n, v in told.items() if isinstance(v, list | tuple)}
+        return cls(**told | {n: tuple(v) if n == "request_header" else " ".join(v) for n, v in lists.items()})
+
     def check(self) -> None:
         """Refuse values that mean nothing."""
         for knob in fields(self):
             name, value, choices = knob.name, getattr(self, knob.name), knob.metadata["choices"]()
             least = 1e-9 if name in ("max_attempts", "request_timeout", "max_reply_megabytes") else 0
-            if type(knob.default) in (int, float) and not (
-                isinstance(value, int | float) and least <= value < math.inf
-            ):
+            number = isinstance(value, int | float) and least <= value < math.inf
+            if type(knob.default) in (int, float) and not number:
                 raise UsageError(f"--{name} {value!r}: give a number {'above 0' if least else 'from 0 up'}")
             if choices and value not in choices:
                 raise UsageError(f"--{name} {value!r} is none of {', '.join(choices)}")
@@ -191,8 +199,7 @@ class Settings:
 
 STARTS_PER_TURN, LINES_PER_TURN = 64, 1000  # started, or skipped as finished, before replies are looked at
 HELD_FOR_RETRY = 2000  # reading pauses while more requests than this wait to be tried again
-SAME_FAILURES = 20  # first replies that are hopeless for one and the same reason: the file is wrong, not a line
-ERRORS_KEPT = 50  # per request; only an outage makes more
+SAME_FAILURES, ERRORS_KEPT = 20, 50  # first replies that are hopeless for one reason: the file is wrong; per request
 CHECK_SECONDS, SHORTEST_WAIT = 1.0, 0.001  # between looks at the results file; of a sleep
 
 
@@ -302,7 +309,9 @@ class Run:
                 return self.endpoints[0], math.inf
         ranks = []
         for index, endpoint in enumerate(self.endpoints):
-            delay = max(endpoint.pacer.delay(cost, now), endpoint.outage.delay(now))
+            delay = endpoint.pacer.delay(cost, now)
+            if endpoint.outage.down:
+                delay = max(delay, endpoint.outage.delay(now))
             failed_here = request.attempts > 0 and endpoint is request.endpoint
             ranks.append((delay, failed_here, endpoint.pacer.in_flight, index))  # less in flight: it answers faster
         delay, _, _, index = min(ranks)
@@ -328,21 +337,21 @@ class Run:
         del self.in_flight[request.line]
         self.expected_spend -= request.price
         verdict, usage = judge(reply, endpoint.provider, endpoint.shape), read_usage(reply.body, endpoint.shape)
-        action, refused = verdict.action, verdict.action is Action.REFUSED
-        outcome = Outcome.REFUSED if refused else Outcome.FAILED if action is Action.RETRY else Outcome.ACCEPTED
-        charged = usage.total if usage else 0 if refused or not reply.sent else None
+        action = verdict.action
+        outcome = ACCEPTED if action is DONE else OUTCOMES.get(action, ACCEPTED)
+        charged = sum(usage[:2]) if usage else 0 if outcome is REFUSED or not reply.sent else None
         endpoint.pacer.finish(ticket, outcome, now, charged, read_limits(reply, endpoint.provider, time.time()))
         self.tally.count(verdict, reply, usage)
         if self.settings.input_price or self.settings.output_price:
-            expected = request.price if action is Action.DONE or (reply.sent and reply.failure) else 0.0
+            expected = request.price if action is DONE or (reply.sent and reply.failure) else 0.0
             self.tally.spent += self.settings.price(*usage) if usage else expected
         if usage and request.estimate:
             self.learned.learn(request.model, request.estimate, usage)
-        if reply.status and (reply.status < 500 or action is not Action.RETRY):  # a sign of life
+        if reply.status and (reply.status < 500 or outcome is not FAILED):  # a sign of life
             if endpoint.outage.answered(request.started):
                 LOGGER.warning("The provider (%s) answers again; going on.", endpoint.name)
             self.fail_limbo(endpoint.outage)
-        if action is Action.DONE:
+        if action is DONE:
             self.trouble_since = math.inf
             self.record(request, reply, usage)
         else:
@@ -430,7 +439,7 @@ class Run:
             started = datetime.fromtimestamp(began, UTC).isoformat(timespec="milliseconds") if began else None
             own = {"line": request.line, "attempts": request.attempts + bool(reply), "refusals": request.refusals}
             times = {"started": started, "seconds": round(passed, 3) if began else None}
-            tokens = {"estimated_tokens": request.cost.expected, "tokens": usage.total if usage else None}
+            tokens = {"estimated_tokens": request.cost.expected, "tokens": sum(usage[:2]) if usage else None}
             details = {**own, **times, **tokens, **(details or {})}
         self.results.write(request.body, outcome, request.metadata, details or None)
 
@@ -474,8 +483,7 @@ class Run:
 
 # ==== 1 read: the next line becomes a request; finished ones are skipped ==============================================
 
-MAX_LINE_BYTES = 256 * 1024 * 1024
-LONG_LINE_BYTES = 200_000  # longer ones are parsed and counted in a thread, so that the loop goes on
+MAX_LINE_BYTES, LONG_LINE_BYTES = 1 << 28, 200_000  # longer than the latter: prepared in a thread, the loop goes on
 UNFINISHED_LINE_SECONDS, RAW_TEXT_KEPT = 2.0, 1000  # patience with a last line; characters of one that is too long
 BLANKS = b" \t\r\n" + codecs.BOM_UTF8
 Wake = Callable[[], object]
@@ -491,7 +499,7 @@ class Request:
     problem: str  # why it cannot be sent
     model: str
     estimate: Estimate | None = None
-    cost: Cost = field(default_factory=lambda: Cost(0, 0))
+    cost: Cost = field(default_factory=lambda: NO_COST)
     price: float = 0.0  # of that cost
     attempts: int = 0  # finished ones, without refusals
     excused: int = 0  # attempts that fell into an outage: they do not count against --max_attempts
@@ -574,11 +582,6 @@ class Reader:
             request.estimate = estimate_tokens(request.body, self.endpoint.shape, self.tokens.counter(request.model))
         return request.estimate
 
-    def close(self) -> None:
-        """Let go of the file; standard input stays open."""
-        if self.file.fileno() > 0:
-            self.file.close()
-
     def expected_total(self) -> float:
         """How many requests there are: exact at the end, before by the bytes read so far; inf for a stream."""
         share = 1.0 if self.ended else self.file.tell() / self.size if self.size else 0.0
@@ -652,12 +655,8 @@ class Usage(NamedTuple):
     output: int
     cached: int = 0
 
-    @property
-    def total(self) -> int:
-        """Prompt and output."""
-        return self.prompt + self.output
 
-
+NO_COST: Cost = Cost(0, 0)
 PROMPT_KEYS = {*"messages input prompt suffix contents system instructions systemInstruction".split(),
     *"system_instruction response_format text responseSchema responseJsonSchema".split()}  # fmt: skip
 CAP_KEYS = "max_completion_tokens max_tokens max_output_tokens max_new_tokens maxOutputTokens".split()
@@ -703,9 +702,13 @@ def content_tokens(value: Any, model: str, count: Callable[[str], int]) -> int:
     """Tokens of a text, token ids, a message or part of any family, or a list of these; anything else as JSON text."""
     if isinstance(value, str):
         return count(value)
+    total = 0
     if isinstance(value, list):
-        ids = value and type(value[0]) is int
-        return len(value) if ids else sum([content_tokens(item, model, count) for item in value])
+        if value and type(value[0]) is int:
+            return len(value)
+        for item in value:
+            total += content_tokens(item, model, count)
+        return total
     if not isinstance(value, dict) or ("role" not in value and PART_KEYS.isdisjoint(value)):  # may hold base64
         return count(OPAQUE.sub("", json.dumps(value, ensure_ascii=False))) if value is not None else 0
     total = 4 if "role" in value else 0
@@ -809,23 +812,20 @@ class LearnedTokens(dict[str, list[float]]):
     def cost(self, model: str, estimate: Estimate) -> Cost:
         """Tokens to expect, and at worst; an answer is taken to have 256 tokens before there is one."""
         estimated, charged, answers, output = self.get(model, (1, 1, 1, 0))
-        prompt = int(estimate.prompt * charged / estimated + 0.5)
-        answer = int((output / answers or 256) * estimate.answers + 0.5)
-        cap = answer if estimate.output_cap is None else estimate.output_cap
-        return Cost(prompt + min(answer, cap), prompt + cap, prompt)
+        counted, cap, times = estimate
+        prompt, answer = int(counted * charged / estimated + 0.5), int((output / answers or 256) * times + 0.5)
+        cap = answer if cap is None else cap
+        return Cost(prompt + (answer if answer < cap else cap), prompt + cap, prompt)
 
     def learn(self, model: str, estimate: Estimate, usage: Usage) -> None:
         """Follow the last dozens of replies; usage that cannot be true is ignored or bounded."""
-        seen, prompt, answers = self.setdefault(model, [1e-9, 1e-9, 1e-9, 0]), estimate.prompt, estimate.answers
-        if usage.prompt > 0 and prompt > 0:
-            seen[:2] = 0.95 * seen[0] + prompt, 0.95 * seen[1] + min(max(usage.prompt, prompt / 4), prompt * 4)
-        if usage.output > 0 and estimate.output_cap != 0:
-            seen[2:] = 0.95 * seen[2] + answers, 0.95 * seen[3] + min(usage.output, 10**6 * answers)
-
-    def describe(self) -> list[str]:
-        """One line per model that has answered, for the summary."""
-        words = "{}: {:.2f} of the estimated input, {:.0f} output tokens on average".format
-        return [words(model, seen[1] / seen[0], seen[3] / seen[2]) for model, seen in self.items()]
+        (prompt, cap, answers), (charged, output, _) = estimate, usage
+        seen = self.setdefault(model, [1e-9, 1e-9, 1e-9, 0])
+        if charged > 0 and prompt > 0:
+            true = charged if prompt / 4 <= charged <= prompt * 4 else min(max(charged, prompt / 4), prompt * 4)
+            seen[:2] = 0.95 * seen[0] + prompt, 0.95 * seen[1] + true
+        if output > 0 and cap != 0:
+            seen[2:] = 0.95 * seen[2] + answers, 0.95 * seen[3] + min(output, 10**6 * answers)
 
 
 # ==== 3 pace: when may it start? ======================================================================================
@@ -846,13 +846,13 @@ class ServerLimits(NamedTuple):
 PACE_WINDOW = 60.5  # seconds that a start counts: a minute, and by what a new connection may delay an arrival
 PACE_EVEN = 0.985  # share of an even rate at which one-second slots do not overflow when arrivals shift by some ms
 PACE_SLACK = 0.008  # seconds of the pace that may be caught up after waking late
-PACE_BIN = 0.05  # seconds of starts that are remembered together
-PACE_TICK = 0.25  # seconds between two looks at what may grow
+PACE_BIN, PACE_TICK = 0.05, 0.25  # seconds of starts that are remembered together; between looks at what may grow
 PACE_QUICK = 0.05  # seconds of latency in which no queue is looked for: a busy client alone takes some ms
 PACE_CHANCE, PACE_SERIES = 0.3, 40  # share of refusals, starts between two: see _is_chance
 PACE_FREE = 1e12  # "no limit known": a number, since inf * 0 is none
 _Told = ServerLimits | None
 Outcome = Enum("Outcome", "ACCEPTED REFUSED FAILED")  # FAILED: no reply or 5xx, says nothing about the rate
+ACCEPTED, REFUSED, FAILED = Outcome  # subtle: in Python 3.11 a member costs as much as a call, and each reply asks
 
 
 @dataclass(slots=True, eq=False)
@@ -943,7 +943,8 @@ class Pacer:
         if now <= self._now:
             return self._now
         for rate in self._rates:
-            rate.level = min(rate.level + rate.value * (now - self._now), rate.value * PACE_SLACK)
+            level, most = rate.level + rate.value * (now - self._now), rate.value * PACE_SLACK
+            rate.level = level if level < most else most  # min() takes longer than all of this, and each start asks
         self._now, passed, window, bound = now, now - self._ticked, self._window, self._bound[0]
         while self._starts and now - self._starts[0].last >= PACE_WINDOW:
             old = self._starts.popleft()
@@ -965,11 +966,13 @@ class Pacer:
     def delay(self, cost: Cost, now: float) -> float:
         """Seconds after which to ask again; 0.0: start now; inf: only a reply can free the way."""
         now, window = self._advance(now), self._window
-        if self.in_flight >= min(self._most, window.value):
+        if self.in_flight >= self._most or self.in_flight >= window.value:
             self._bound = (window if self.in_flight >= window.value else self._bound[0], self._bound[1])
             return max(PACE_TICK, window.quiet_until - now) if self._capped else math.inf
-        wait = max(0.0, self.paused_until - now, self._gap - (now - self._last))
-        for rate, amount in zip(self._rates, (1, cost.expected, cost.worst), strict=True):
+        pause = self.paused_until - now
+        wait = max(0.0, pause, self._gap - (now - self._last)) if pause > 0 or self._gap else 0.0
+        (first, second, third), (expected, worst, _) = self._rates, cost
+        for rate, amount in ((first, 1), (second, expected), (third, worst)):
             if rate.held + amount > rate.ceiling and rate.held > 0:
                 wait = max(wait, PACE_WINDOW - (now - self._starts[0].last))
             elif rate.level < 0 and -rate.level > wait * rate.value:
@@ -987,26 +990,26 @@ class Pacer:
             self._starts.append(_Bin(now, now, [0, 0, 0]))
         place, held, taken = self._starts[-1], (1, cost.expected, cost.worst), (first.taken, second.taken, third.taken)
         place.last = now
-        for index, (rate, amount) in enumerate(zip(self._rates, held, strict=True)):
+        for index, rate in enumerate(self._rates):
+            place.held[index] += (amount := held[index])
             rate.held, rate.taken, rate.level = rate.held + amount, rate.taken + amount, rate.level - amount
-            place.held[index] += amount
         return Ticket(now, held, self.in_flight, taken, place)
 
     def finish(self, ticket: Ticket, outcome: Outcome, now: float, used: int | None = None, told: _Told = None) -> None:
         """Settle the tokens used (None: unknown; a refusal uses none) and hear what the reply says about the pace."""
-        now, self.in_flight, refused = self._advance(now), self.in_flight - 1, outcome is Outcome.REFUSED
+        now, self.in_flight, refused = self._advance(now), self.in_flight - 1, outcome is REFUSED
         _, was, worst = ticket.held
-        used = 0 if refused else was if used is None else max(0, used)
+        used = 0 if refused else was if used is None else used if used > 0 else 0
         ticket.held = (1, used, worst)
         if ticket.bin.held[0]:  # still within the last minute
             ticket.bin.held[1] += used - was
             self._rates[1].held += used - was
         self._rates[1].level -= 0 if refused else used - was
         limits = (told.requests_per_minute, told.tokens_per_minute) if told else (None, None)
-        if limits != self._told and (told or outcome is Outcome.ACCEPTED):
+        if limits != self._told and (told or outcome is ACCEPTED):
             self._believe(*limits)
-        self._share += 0.05 * (refused - self._share) * (outcome is not Outcome.FAILED)
-        if outcome is Outcome.ACCEPTED:
+        self._share += 0.05 * (refused - self._share) * (outcome is not FAILED)
+        if outcome is ACCEPTED:
             self._watch_queue(self._window, ticket.at, now)
         elif refused:
             pause, asked = 0.0, (told.retry_after if told else None) or None  # 0 is no word about the pace
@@ -1041,15 +1044,18 @@ class Pacer:
         flight, slow_start, rate = self.in_flight + 1, self._slow_start, self._rates[0]
         self._replies += 1
         if slow_start and not self._capped:
-            rate.value = max(rate.value, rate.top * self._ramping)  # without a budget replies are the clock from now on
+            if self._ramping and rate.value < rate.top:
+                rate.value = rate.top  # without a budget replies are the clock from now on
             window.value = max(8.0, flight) if window.value == PACE_FREE else window.value
             window.value += 1.5 if flight >= window.value / 2 else 0
         if slow_start or started >= self._since:
             self._count, self._latencies = self._count + 1, self._latencies + now - started
-        mean, passed = max(PACE_QUICK, self._latencies / max(1, self._count)), now - self._since
+        passed = now - self._since
+        if self._count < (8 if slow_start else 16 if flight < 32 else flight / 2) or passed < 2 * PACE_QUICK:
+            return
+        mean = max(PACE_QUICK, self._latencies / self._count)
         base = self._base or mean
-        few, short = (8, max(min(1.0, 40 * base**2), 2 * base)) if slow_start else (max(16, flight / 2), 3 * mean)
-        if self._count < few or passed < short:
+        if passed < (max(min(1.0, 40 * base**2), 2 * base) if slow_start else 3 * mean):
             return
         (before, crowd), speed, bound = self._speed, self._replies / passed, window in self._bound
         self._since, self._replies, self._count, self._latencies, self._speed = now, 0, 0, 0.0, (speed, flight)
@@ -1207,19 +1213,23 @@ class Endpoint:
         reply, raw, data = Reply(), bytearray(), dumps(body)
         content = BytesIO(data) if len(data) > LARGE_BODY else aiohttp.BytesPayload(data)
         try:
-            async with self.session.post(self.url, data=content, allow_redirects=False, proxy=self.proxy) as response:
+            response = await self.session.post(self.url, data=content, allow_redirects=False, proxy=self.proxy)
+            try:  # subtle: `async with` would cost a twentieth of all that a request costs
                 reply.status, reply.headers = response.status, response.headers
-                packed = re.search("(?i)gzip|deflate", reply.headers.get("Content-Encoding", ""))  # some say "utf-8"
+                coding = reply.headers.get("Content-Encoding")
+                packed = coding and re.search("(?i)gzip|deflate", coding)  # some say "utf-8"
                 unpacker = zlib.decompressobj(ZLIB_OR_GZIP) if packed else None
                 while not response.content.at_eof():
                     chunk = await response.content.readany()
                     if unpacker:  # subtle: aiohttp would unpack a whole bomb before anybody can measure it
                         chunk = unpacker.decompress(chunk, self.max_reply_bytes - len(raw) + 1)
                     if len(raw) + len(chunk) > self.max_reply_bytes:
-                        response.close()
                         reply.failure, reply.message = "too_large", "the reply is larger than --max_reply_megabytes"
                         return reply
                     raw += chunk
+            finally:
+                if not response.closed:
+                    response.close()
             if unpacker and not unpacker.eof:
                 raise aiohttp.ClientPayloadError("the packed reply broke off")
             self._parse(self.secrets.clean(bytes(raw)).removeprefix(codecs.BOM_UTF8), reply)
@@ -1289,6 +1299,19 @@ def open_files_for(wanted: int) -> int:
 
 T = TypeVar("T")
 Action = Enum("Action", "DONE REFUSED RETRY FAIL STOP")  # success; rate limit; passing; hopeless request; hopeless run
+
+
+class Verdict(NamedTuple):
+    """What a reply means: what to do, the kind of error, the provider's own words and code."""
+
+    action: Action
+    kind: str = ""
+    message: str = ""
+    code: str = ""
+
+
+DONE, OUTCOMES = Action.DONE, {Action.REFUSED: REFUSED, Action.RETRY: FAILED}
+ANSWERED = Verdict(DONE)
 # fmt: off
 ACTIONS = {kind: action for action, kinds in {  # what each kind of error asks for
     Action.RETRY: "connection timeout bad_reply server_error", Action.FAIL: "bad_request content_filter too_large",
@@ -1303,7 +1326,7 @@ BLOCKED = set("content_filter sensitive refusal safety recitation blocklist proh
 UNFINISHED = set("insufficient_system_resource network_error error malformed_function_call failed queued".split())
 ENDS = ("finish_reason", "finishReason", "stop_reason", "reason", "status")
 ERROR_KEYS = ("message", "msg", "detail", "error", "error_code", "metadata", "details")
-CACHED = ("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens", "cachedContentTokenCount")
+CACHED = {"cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens", "cachedContentTokenCount"}
 LIMIT_NAMES = {
     "requests": "x-ratelimit-{}-requests anthropic-ratelimit-requests-{} x-ratelimit-{}-req-minute x-ratelimit-{}",
     "tokens": "x-ratelimit-{}-tokens anthropic-ratelimit-tokens-{} x-tokenlimit-{} x-ratelimitbysize-{}-minute"}
@@ -1315,16 +1338,8 @@ TRY_AGAIN = re.compile(r'(?:(?:again|retry) (?:in|after)|retryDelay":) ?"?((?:\d
 NUMBER = re.compile(r"\d{1,13}(?:\.\d{1,9})?")
 DURATION = re.compile(rf"({NUMBER.pattern}) ?(ms|milli|[smhd]|$)[a-z]*[. ]*", re.IGNORECASE)
 SECONDS_IN = {"": 1.0, "ms": 0.001, "milli": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-WORDS_READ, WORDS_KEPT, LONGEST_WAIT_SECONDS, LONGEST_RETRY_SECONDS, EPOCH = 6000, 1500, 600.0, 60.0, 1e9
-
-
-class Verdict(NamedTuple):
-    """What a reply means: what to do, the kind of error, the provider's own words and code."""
-
-    action: Action
-    kind: str = ""
-    message: str = ""
-    code: str = ""
+OUTAGE_STREAK, PROBE_SECONDS = 10, (1.0, 5.0)  # requests in a row without an answer; between probes: at first, at most
+WORDS_READ, WORDS_KEPT, LONGEST_WAIT_SECONDS, LONGEST_RETRY_SECONDS, EPOCH = 6000, 1500, 600.0, 60.0, 10**9
 
 
 def judge(reply: Reply, provider: Provider, shape: str) -> Verdict:
@@ -1334,7 +1349,7 @@ def judge(reply: Reply, provider: Provider, shape: str) -> Verdict:
         return Verdict(ACTIONS[reply.failure], reply.failure, reply.message)
     kind = look_inside(reply.body, SHAPES[shape].answer) if status < 300 else None
     if kind == "":
-        return Verdict(Action.DONE)
+        return ANSWERED
     code, family, message = error_words(reply.body, reply.text)
     if 300 <= status < 400:
         message = f"redirected to {reply.message or reply.headers.get('Location')}: if trusted, set --request_url to it"
@@ -1350,16 +1365,15 @@ def look_inside(body: Any, answer: str) -> str | None:
     """The kind of error of a reply under 200: "" if it is an answer, None if its error words have to tell."""
     if isinstance(body, list) and body and "error" not in only(dict, body[0]):
         return ""  # so do some servers of embeddings; Gemini puts a list around an error
-    whole = dict(only(dict, body))
-    found = whole.get(answer)
-    plain = [only(dict, choice).get("finish_reason") in ("stop", "length") for choice in only(list, found)]
-    if plain and all(plain) and not whole.get("error"):
-        return ""  # subtle: the rest decides the same, slower
+    whole = only(dict, body)
+    match found := whole.get(answer):
+        case [{"finish_reason": "stop" | "length"}] if not whole.get("error"):
+            return ""  # subtle: the rest decides the same, slower
     if whole.get("error") or not (found or (found == [] and answer in ("content", "output"))):
         blocked = only(dict, whole.get("promptFeedback")).get("blockReason")
         return "content_filter" if blocked else None if any(error_words(body)) else "bad_reply"
     for name in ("output", "incomplete_details", "inference_status"):
-        whole |= only(dict, whole.get(name))
+        whole = whole | only(dict, whole.get(name))
     found = only(list, whole.get("choices") or whole.get("candidates") or [whole])
     choices = [{**choice, **only(dict, choice.get("message"))} for choice in found if only(dict, choice)]
     ends = {str(choice.get(name)).lower().partition(":")[0] for choice in choices for name in ENDS}
@@ -1435,22 +1449,21 @@ def read_usage(body: Any, shape: str) -> Usage | None:
     details = only(dict, usage.get("prompt_tokens_details") or usage.get("input_tokens_details"))
     prompt, output = count_in(usage, row.prompt), count_in(usage, row.output)
     prompt = prompt or max(0, count_in(usage, ("total_tokens",)) - output)
-    cached = count_in(details, CACHED) or count_in(usage, CACHED)
-    return Usage(prompt, output, min(cached, prompt)) if prompt or output else None
+    cached = 0 if CACHED.isdisjoint((*details, *usage)) else count_in(details, CACHED) or count_in(usage, CACHED)
+    return Usage(prompt, output, cached and min(cached, prompt)) if prompt or output else None
 
 
-def count_in(usage: dict[str, Any], names: tuple[str, ...]) -> int:
+def count_in(usage: dict[str, Any], names: Iterable[str]) -> int:
     """Add up the counts of these names that are there and can be true."""
-    return sum([value for name in names if type(value := usage.get(name)) is int and 0 < value < EPOCH])
+    total = 0
+    for name in names:
+        total += value if type(value := usage.get(name)) is int and 0 < value < EPOCH else 0
+    return total
 
 
 def retry_delay(attempt: int, rng: random.Random) -> float:
     """Seconds until a failed attempt (from 1) is tried again: exponential with full jitter, capped."""
     return rng.uniform(0.0, min(LONGEST_RETRY_SECONDS, 2.0 ** min(attempt - 1, 30)))
-
-
-OUTAGE_STREAK = 10  # different requests without an answer, in the order of their starts
-PROBE_SECONDS = (1.0, 5.0)  # between probes: at first, at most
 
 
 @dataclass(slots=True)
@@ -1485,7 +1498,7 @@ class Outage:
     def answered(self, started: float) -> bool:
         """Hear of an answer; true if it ends an outage."""
         self.alive = max(self.alive, started)
-        for request in [request for request, at in self.streak.items() if at <= self.alive]:
+        for request in [request for request, at in self.streak.items() if at <= self.alive] if self.streak else ():
             request.suspect = True
             del self.streak[request]
         was_down, self.down = self.down, self.down and started < self.since
@@ -1525,7 +1538,7 @@ PRIVATE = partial(os.open, mode=0o600)  # opener of files that only their owner 
 def loads(data: bytes | str, *, mend: bool = False) -> Any:
     """Value of strict JSON, or of what can be mended: '[1e2, 1e400]' -> ValueError, '[1e2, NaN]' -> [100.0, None]."""
     data = data.encode(errors="surrogatepass") if isinstance(data, str) else data
-    if 2 * len(data) - len(data.replace(b"[", b"")) - len(data.replace(b"{", b"")) > MAX_NESTING:  # count is slower
+    if len(data) > MAX_NESTING < 2 * len(data) - len(data.replace(b"[", b"")) - len(data.replace(b"{", b"")):
         marks = data.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, NO_BRACKETS).replace(b'""', b"")
         if max(accumulate(LEVELS[mark] for mark in b"".join(marks.split(b'"')[::2])), default=0) > MAX_NESTING:
             raise ValueError("nested too deep")
@@ -1779,12 +1792,14 @@ class Tally:
 
     def count(self, verdict: Verdict, reply: Reply, usage: Usage | None) -> None:
         """Count one reply."""
-        self.succeeded += verdict.action is Action.DONE
-        self.refused += verdict.action is Action.REFUSED
-        self.replies += reply.status > 0 and verdict.action is not Action.REFUSED
-        self.never_sent += not reply.sent
-        self.answer_lost += reply.sent and reply.failure in ("connection", "timeout")
-        if verdict.action is not Action.DONE:
+        if verdict.action is DONE:
+            self.succeeded += 1
+            self.replies += 1
+        else:
+            self.refused += verdict.action is Action.REFUSED
+            self.replies += reply.status > 0 and verdict.action is not Action.REFUSED
+            self.never_sent += not reply.sent
+            self.answer_lost += reply.sent and reply.failure in ("connection", "timeout")
             self.kinds[verdict.kind] += 1
             self.last_trouble = verdict.message
         prompt, output, cached = usage or (0, 0, 0)
@@ -1886,7 +1901,8 @@ def summarize(run: Run) -> list[str]:
     for name, budget, amount in zip(("requests", "tokens"), total_budgets(run.endpoints), used, strict=True):
         lines.append(budget and f"Budget of {budget:,.0f} {name} a minute: {amount / minutes / budget:.0%} used.")
     lines += [f"{endpoint.name}: {found}" for endpoint in run.endpoints if (found := endpoint.pacer.describe())]
-    lines += run.learned.describe()
+    words = "{}: {:.2f} of the estimated input, {:.0f} output tokens on average".format
+    lines += [words(model, seen[1] / seen[0], seen[3] / seen[2]) for model, seen in run.learned.items()]
     if not (tally.calls or tally.failed or run.stopped_by):
         lines.append("Nothing to do, all are finished; --restart starts afresh, another --save_filepath keeps both.")
     advice = "Failed lines hold their reasons. The same command tries them again; --save_details tells more."
@@ -1941,11 +1957,7 @@ async def process_api_requests_from_file(requests_filepath: str | os.PathLike[st
 
     Returns the tally, also of a run that stopped early. Raises UsageError. Installs no signal handlers.
     """
-    for unknown in settings.keys() - Settings.__dataclass_fields__.keys():
-        raise UsageError(f"unknown setting {unknown!r}; the fields of Settings are what there is")
-    given = {n: os.fspath(v) if isinstance(v, os.PathLike) else v for n, v in settings.items() if v is not None}
-    lists = {n: " ".join(v) for n, v in given.items() if isinstance(v, list | tuple) and n != "request_header"}
-    return await run_job(Settings(requests_filepath=os.fspath(requests_filepath), **(given | lists)))
+    return await run_job(Settings.of(requests_filepath=requests_filepath, **settings))
 
 
 async def run_job(settings: Settings, *, main_program: bool = False) -> Tally:
@@ -1964,8 +1976,8 @@ async def run_job(settings: Settings, *, main_program: bool = False) -> Tally:
             file = open(0 if path == "-" else path, "rb", buffering=1 << 20, closefd=path != "-")  # noqa: SIM115, ASYNC230
         except OSError as error:
             raise UsageError(f"{path} cannot be read ({error.strerror}); see --requests_filepath") from None
+        stack.callback(file.close)
         reader = Reader(file, endpoints[0], tokenizer, settings.limit, lambda: loop.call_soon_threadsafe(wake.set))
-        stack.callback(reader.close)
         if settings.dry_run:
             return await dry_run(settings, reader, endpoints)
         refuse_unfinished(settings)
@@ -2057,11 +2069,10 @@ def each_endpoint(settings: Settings) -> list[Settings]:
 
 def reread_limits(run: Run) -> None:
     """Take over limits that were changed in --endpoints_filepath; what is wrong there changes nothing."""
-    rows, problem = {}, ""
     try:
-        rows = {(row.request_url, row.api_key_env): row for row in each_endpoint(run.settings)}
+        rows, problem = {(row.request_url, row.api_key_env): row for row in each_endpoint(run.settings)}, ""
     except UsageError as error:
-        problem = str(error)
+        rows, problem = {}, str(error)
     if problem and problem != run.limits_problem:
         LOGGER.warning("%s. The limits stay as they were.", problem)
     run.limits_problem = problem
@@ -2156,14 +2167,6 @@ async def dry_run(settings: Settings, reader: Reader, endpoints: list[Endpoint])
     return tally
 
 
-class Repeatable(argparse.Action):
-    """A flag that may be repeated: its values, separated by spaces."""
-
-    def __call__(self, _: Any, namespace: argparse.Namespace, value: Any, __: Any = None) -> None:
-        known = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, value if known is self.default else f"{known} {value}")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """One flag per field of Settings, in groups named after the stations."""
     summary, _, rest = (__doc__ or "").partition("\n\n")
@@ -2174,16 +2177,14 @@ def build_parser() -> argparse.ArgumentParser:
     for knob in fields(Settings):
         default, choices, text = knob.default, knob.metadata["choices"](), knob.metadata["help"]
         name = None if choices else type(default).__name__.upper()
-        more: dict[str, Any] = {"type": type(default), "default": default, "choices": choices or None, "metavar": name}
+        more: dict[str, Any] = {"type": type(default), "choices": choices or None, "metavar": name}
         if default is MISSING:
             more = {"required": True, "metavar": "STR"}
         elif isinstance(default, bool):
-            more = {"action": "store_true"}
-        elif isinstance(default, tuple):
-            more = {"action": "append", "default": [], "metavar": "TEXT"}
-        elif knob.name in ("request_url", "api_key_env"):
-            more["action"] = Repeatable
-        if "type" in more and default != "":
+            more = {"action": "store_true", "default": None}
+        elif knob.name in ("request_header", "request_url", "api_key_env"):
+            more = {"type": str, "action": "append", "metavar": "STR"}
+        if "type" in more and default not in ("", ()):
             text += f" (default: {default})".replace(".0)", ")")
         flag = groups[knob.metadata["station"]].add_argument(f"--{knob.name}", help=text, **more)
         if knob.name.endswith("filepath"):  # for shtab, which makes the completion of shells from this parser
@@ -2199,8 +2200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gc.set_threshold(100_000, 20, 100)  # a request in flight is hundreds of objects: look less often for garbage
     words = sys.argv[1:] if argv is None else argv
     flags = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in words]
-    given = vars(build_parser().parse_args(flags))
-    settings, handler = Settings(**given | {"request_header": tuple(given["request_header"])}), ConsoleHandler()
+    settings, handler = Settings.of(**vars(build_parser().parse_args(flags))), ConsoleHandler()
     LOGGER.addHandler(handler)
     try:
         settings.check()
@@ -2355,9 +2355,9 @@ def check_request(body: dict[str, Any], shape: str, provider: Provider) -> str:
     """Why the endpoint cannot mean this request; "" if it can."""
     row = SHAPES[shape]
     need = next(filter(body.__contains__, row.needs), "")
-    value = body.get(need)
-    fits = isinstance(value, row.takes) and value not in ([], {})
-    if not fits or (row.takes is list and {*map(type, only(list, value))} != {dict}):
+    value: Any = body.get(need)
+    fits = isinstance(value, row.takes) and (value or value == "")
+    if not fits or (row.takes is list and not {dict}.issuperset(map(type, value))):
         fitting = (r for r in SHAPES.values() if isinstance(body.get(r.needs[0]), r.takes) and r is not row)
         other = next((other.paths.split()[0][1:] for other in fitting), "")
         looks = f"; this looks like a request for {other}" if other else ""
@@ -2366,8 +2366,8 @@ def check_request(body: dict[str, Any], shape: str, provider: Provider) -> str:
     barred = ("background", "webhook", "stream")[: 2 if shape == "chat" and provider.name != "json_gateway" else 3]
     if name := next(filter(body.get, barred), ""):
         return f'"{name}" cannot be used here, "stream" only in OpenAI-shaped chat requests; remove it'
-    needs_model = provider.names_model and shape not in ("gemini", "deepinfra", "moderations")
-    return f'"model" is missing; {provider.name} needs it' if needs_model and not body.get("model") else ""
+    modelless = body.get("model") or not provider.names_model or shape in ("gemini", "deepinfra", "moderations")
+    return "" if modelless else f'"model" is missing; {provider.name} needs it'
 
 
 def unwrap_gateway(body: Any) -> tuple[Any, dict[str, Any], str]:

@@ -631,14 +631,3 @@ def test_embeddings_teach_no_output() -> None:
     learned = LearnedTokens()
     learned.learn("m", Estimate(100, 0), Usage(100, 50))
     assert learned.cost("m", Estimate(100, None)).expected == 356
-
-
-def test_describe() -> None:
-    """The summary tells ratio and output length of each model."""
-    learned = LearnedTokens()
-    learned.learn("gpt-4o-mini", Estimate(100, None), Usage(104, 212))
-    learned.learn("text-embedding-3-small", Estimate(100, 0), Usage(100, 0))
-    assert learned.describe() == [
-        "gpt-4o-mini: 1.04 of the estimated input, 212 output tokens on average",
-        "text-embedding-3-small: 1.00 of the estimated input, 0 output tokens on average",
-    ]

@@ -85,6 +85,10 @@ def test_the_summary(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert f"{played.tally.prompt_tokens} in" in text
     assert f"{played.tally.output_tokens} out" in text
     assert "50,000 tokens a minute" in text
+    ratio = re.search(r"gpt-4o-mini: (\d\.\d\d) of the estimated input, (\d+) output tokens on average", text)
+    assert ratio is not None
+    assert 0.5 < float(ratio[1]) < 2
+    assert round(played.tally.output_tokens / 3) == int(ratio[2])
     assert str(played.results) in text
     assert "tries them again" in text
 

@@ -178,7 +178,7 @@ async def run_cluster(settings: Settings, workers: int, address: str) -> Tally:
             endpoint.pacer = ShownPacer()
         file, tokens = open_requests(path), Tokenizer(settings.token_encoding_name)
         reader = ShardReader(file, endpoints[0], tokens, settings.limit, lambda: loop.call_soon_threadsafe(wake.set))
-        stack.callback(reader.close)
+        stack.callback(file.close)
         refuse_unfinished(settings, shards=False)
         results = JoinedResults(settings.results_path, path, restart=settings.restart)
         stack.callback(results.close)
@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in words]
     given = vars(new_parser().parse_args(flags))
     workers, address = given.pop("num_workers"), given.pop("ray_address")
-    settings = Settings(**given | {"request_header": tuple(given["request_header"])})
+    settings = Settings.of(**given)
     settings.check()
     if workers < 0:
         raise UsageError("--num_workers: give a number from 0 up; 0 = one on every node")

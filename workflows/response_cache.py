@@ -237,8 +237,7 @@ def store(path: Path, settings: Settings, **limits: float) -> str:
 
 def settings_from(flags: list[str]) -> Settings:
     """Read the processor's own flags."""
-    given = {name: value for name, value in vars(build_parser().parse_args(flags)).items() if value is not None}
-    return Settings(**{**given, "request_header": tuple(given["request_header"])})
+    return Settings.of(**vars(build_parser().parse_args(flags)))
 
 
 if __name__ == "__main__":
