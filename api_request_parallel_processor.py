@@ -836,11 +836,7 @@ class ServerLimits(NamedTuple):
 
     retry_after: float | None = None
     requests_per_minute: float | None = None
-    requests_remaining: float | None = None
-    requests_reset: float | None = None
     tokens_per_minute: float | None = None
-    tokens_remaining: float | None = None
-    tokens_reset: float | None = None
 
 
 PACE_WINDOW = 60.5  # seconds that a start counts: a minute, and by what a new connection may delay an arrival
@@ -1330,8 +1326,7 @@ CACHED = {"cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens",
 LIMIT_NAMES = {
     "requests": "x-ratelimit-{}-requests anthropic-ratelimit-requests-{} x-ratelimit-{}-req-minute x-ratelimit-{}",
     "tokens": "x-ratelimit-{}-tokens anthropic-ratelimit-tokens-{} x-tokenlimit-{} x-ratelimitbysize-{}-minute"}
-LIMIT_HEADERS = {name.format(figure): (what, figure) for what, names in LIMIT_NAMES.items() for name in names.split()
-                 for figure in ("limit", "remaining", "reset")}
+LIMIT_HEADERS = {name.format("limit"): what for what, names in LIMIT_NAMES.items() for name in names.split()}
 # fmt: on
 OWN_SIZE = re.compile(r"limit:? ?(\d{1,18})\b.{0,80}requested:? ?(\d{1,18})", re.IGNORECASE)
 TRY_AGAIN = re.compile(r'(?:(?:again|retry) (?:in|after)|retryDelay":) ?"?((?:\d[\d.]* ?[a-z]+ ?)+)', re.IGNORECASE)
@@ -1367,7 +1362,7 @@ def look_inside(body: Any, answer: str) -> str | None:
         return ""  # so do some servers of embeddings; Gemini puts a list around an error
     whole = only(dict, body)
     match found := whole.get(answer):
-        case [{"finish_reason": "stop" | "length"}] if not whole.get("error"):
+        case [{"finish_reason": "stop" | "length"}] | [{"embedding": _}, *_] if not whole.get("error"):
             return ""  # subtle: the rest decides the same, slower
     if whole.get("error") or not (found or (found == [] and answer in ("content", "output"))):
         blocked = only(dict, whole.get("promptFeedback")).get("blockReason")
@@ -1403,28 +1398,28 @@ def only(kind: type[T], value: Any) -> T:
     return value if isinstance(value, kind) else kind()
 
 
+@lru_cache(9999)
+def limited(header: str) -> str | None:
+    """What the header tells the limit of, if any: requests or tokens."""
+    return LIMIT_HEADERS.get(header.lower().removeprefix("llm_provider-"))  # so does LiteLLM hand on what it is told
+
+
 def read_limits(reply: Reply, provider: Provider, utc_now: float) -> ServerLimits | None:
     """What a reply tells about limits and, if it is an error, how long to wait; None if nothing."""
-    refused = reply.status >= 400 or bool(only(dict, reply.body).get("error"))
-    if not refused and "limit" not in " ".join(reply.headers).lower():
-        return None
-    headers = {name.lower().removeprefix("llm_provider-"): text for name, text in reply.headers.items()}  # LiteLLM's
-    figures: dict[tuple[str, str], float] = {}
-    for name in filter(LIMIT_HEADERS.get, headers):
-        what, figure = LIMIT_HEADERS[name]
-        text, windows = headers[name], provider.windows.get(what, 1)
-        value = seconds_in(text, utc_now) if figure == "reset" else float(text) if NUMBER.fullmatch(text) else None
-        if windows and value is not None and (value or figure != "limit"):
-            figures[what, figure] = value * windows if figure == "limit" else value
-    wait = None
-    if refused:
+    wait, limits = None, {}
+    for name, text in reply.headers.items():
+        what = limited(name)
+        if what and NUMBER.fullmatch(text) and (limit := float(text) * provider.windows.get(what, 1)):
+            limits[what] = limit
+    if reply.status >= 400 or only(dict, reply.body).get("error"):
+        headers = {name.lower().removeprefix("llm_provider-"): text for name, text in reply.headers.items()}
         hint = TRY_AGAIN.search(error_words(reply.body, reply.text)[2])
-        texts = (f"{headers.get('retry-after-ms')}ms", headers.get("retry-after", ""), hint[1] if hint else "")
-        resets = [figures.get((what, "reset")) for what in LIMIT_NAMES if figures.get((what, "remaining")) == 0]
-        waits = [*(seconds_in(text, utc_now) for text in texts), *resets]
-        wait = next((seconds for seconds in waits if seconds is not None), None)
-    limits = (figures.get((what, figure)) for what in LIMIT_NAMES for figure in ("limit", "remaining", "reset"))
-    return ServerLimits(wait, *limits) if figures or wait is not None else None
+        texts = [f"{headers.get('retry-after-ms')}ms", headers.get("retry-after", ""), hint[1] if hint else ""]
+        names = [name for what in LIMIT_NAMES if provider.windows.get(what, 1) for name in LIMIT_NAMES[what].split()]
+        used_up = (name for name in names if headers.get(name.format("remaining")) in ("0", "0.0"))
+        texts += [headers.get(name.format("reset"), "") for name in used_up]
+        wait = next((wait for text in texts if (wait := seconds_in(text, utc_now)) is not None), None)
+    return ServerLimits(wait, *map(limits.get, LIMIT_NAMES)) if limits or wait is not None else None
 
 
 def seconds_in(text: str, utc_now: float) -> float | None:
@@ -1497,7 +1492,7 @@ class Outage:
 
     def answered(self, started: float) -> bool:
         """Hear of an answer; true if it ends an outage."""
-        self.alive = max(self.alive, started)
+        self.alive = started if started > self.alive else self.alive
         for request in [request for request, at in self.streak.items() if at <= self.alive] if self.streak else ():
             request.suspect = True
             del self.streak[request]

@@ -293,9 +293,8 @@ def server_limits(
 ) -> ServerLimits | None:
     """What the reply's headers amount to once parsed."""
     if mode == "x-ratelimit" and (told := server.told(now)) is not None:
-        limit, remaining, reset = told
-        names = {f"{unit}_per_minute": limit, f"{unit}_remaining": remaining, f"{unit}_reset": reset}
-        return ServerLimits(retry_after=None if wait is None else reset, **names)
+        limit, _, reset = told
+        return ServerLimits(retry_after=None if wait is None else reset, **{f"{unit}_per_minute": limit})
     if mode == "retry-after" and wait is not None:
         seconds = {"ceil": float(math.ceil(wait)), "float": wait, "ms": math.ceil(wait * 1000) / 1000}[flavour]
         return ServerLimits(retry_after=max(seconds, 0.001))
