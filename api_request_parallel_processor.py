@@ -169,6 +169,8 @@ class Settings:
             number = isinstance(value, int | float) and least <= value < math.inf
             if type(knob.default) in (int, float) and not number:
                 raise UsageError(f"--{name} {value!r}: give a number {'above 0' if least else 'from 0 up'}")
+            if isinstance(knob.default, str) and not isinstance(value, str) and name != "logging_level":
+                raise UsageError(f"--{name} takes a text, not {type(value).__name__}")
             if choices and value not in choices:
                 raise UsageError(f"--{name} {value!r} is none of {', '.join(choices)}")
         if self.max_cost and not (self.input_price or self.output_price):
@@ -2012,9 +2014,13 @@ def conclude(run: Run, began: float) -> Tally:
 
 def refuse_unfinished(settings: Settings, *, shards: bool = True) -> None:
     """Refuse results of which the rest is elsewhere: with a provider's Batch API, or in the shards of a cluster run."""
-    path, jobs = os.path.realpath(settings.results_path), []
-    with contextlib.suppress(Exception), open(f"{path}.batch.json", "rb") as file:
-        jobs = [str(job.get("id") or job.get("name")) for job in loads(file.read())["jobs"] if job.get("open")]
+    path = os.path.realpath(settings.results_path)
+    ledger = Path(f"{path}.batch.json")
+    try:
+        listed = loads(ledger.read_bytes())["jobs"] if ledger.exists() else []
+        jobs = [str(job.get("id") or job.get("name")) for job in listed if job.get("open")]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        jobs = [f"unknown, since {ledger} cannot be read ({error})"]
     if jobs and not settings.ignore_batch:
         told = f"batch jobs are open for these results: {', '.join(jobs[:3])}"
         raise UsageError(f"{told}. `python -m workflows.provider_batch run` collects them; --ignore_batch overrides")
@@ -2036,7 +2042,7 @@ def hear_signals(run: Run, stack: contextlib.AsyncExitStack) -> None:
             stack.callback(signal.signal, number, before)
 
 
-def each_endpoint(settings: Settings) -> list[Settings]:
+def each_endpoint(settings: Settings) -> Iterator[Settings]:
     """The settings of each endpoint: of the lines of --endpoints_filepath, else of each URL with its key."""
     urls, keys, path = settings.request_url.split() or [""], settings.api_key_env.split() or [""], ""
     if 1 < len(urls) != len(keys) > 1:
@@ -2054,12 +2060,10 @@ def each_endpoint(settings: Settings) -> list[Settings]:
         rows = list(filter(None, lines))
     if not rows:
         raise UsageError(f"--endpoints_filepath {path} names no endpoint; write one a line: `URL key_env rpm tpm`")
-    endpoints = []
     for url, variable, *limits in rows:
         requests, tokens = [*map(float, limits), *settings.budgets[len(limits) :]]
         one = replace(settings, request_url=url, api_key_env=variable.removeprefix("-"))
-        endpoints.append(replace(one, max_requests_per_minute=requests, max_tokens_per_minute=tokens))
-    return endpoints
+        yield replace(one, max_requests_per_minute=requests, max_tokens_per_minute=tokens)
 
 
 def reread_limits(run: Run) -> None:
@@ -2353,7 +2357,8 @@ def check_request(body: dict[str, Any], shape: str, provider: Provider) -> str:
     value: Any = body.get(need)
     fits = isinstance(value, row.takes) and (value or value == "")
     if not fits or (row.takes is list and not {dict}.issuperset(map(type, value))):
-        fitting = (r for r in SHAPES.values() if isinstance(body.get(r.needs[0]), r.takes) and r is not row)
+        others = [r for r in SHAPES.values() if (r.needs, r.takes) != (row.needs, row.takes)]
+        fitting = (r for r in others if isinstance(body.get(r.needs[0]), r.takes))
         other = next((other.paths.split()[0][1:] for other in fitting), "")
         looks = f"; this looks like a request for {other}" if other else ""
         wanted = {list: "a list of objects", dict: "an object"}.get(row.takes, "a text or a list")

@@ -79,6 +79,17 @@ BAD: dict[str, tuple[bytes, str]] = {
 }
 
 
+@pytest.mark.parametrize(("line", "hint"), [
+    ({"model": "m", "messages": []}, False), ({"model": "m", "messages": ["hello"]}, False),
+    ({"model": "m", "input": "hello"}, True), ({"contents": [{"parts": []}]}, True), ({"model": "m"}, False),
+])  # fmt: skip
+def test_a_line_for_another_endpoint_is_told_where_it_belongs(line: dict[str, Any], hint: bool) -> None:
+    """Other endpoints are named only where the line would be right."""
+    problem = program.check_request(line, "chat", program.PROVIDERS["openai"])
+    assert "missing or not a list of objects" in problem
+    assert ("this looks like a request for" in problem) is hint
+
+
 @pytest.fixture(scope="module")
 def bad_lines(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     """Run all bad lines in one file, each followed by a blank and a good line; give the failed lines by number."""

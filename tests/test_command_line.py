@@ -204,12 +204,27 @@ def test_standard_input_that_is_closed(tmp_path: Path) -> None:
     {"max_attempts": 0}, {"logging_level": 20, "no_such": 1}, {"provider": "nobody"}, {"request_timeout": float("nan")},
     {"token_encoding_name": "x"}, {"save_filepath": "/no/such/folder/x.jsonl"}, {"request_url": "nowhere"},
     {"progress": "dots"}, {"logging_level": "loud"}, {"max_attempts": "5"}, {"request_header": ("x",)},
+    {"api_key": 5}, {"request_url": 5}, {"provider": 5}, {"save_filepath": 5}, {"no_such_setting": 1},
 ])  # fmt: skip
 def test_wrong_usage_from_python(job: Path, settings: dict[str, Any]) -> None:
     """From Python, wrong settings raise a usage error instead of exiting."""
     with pytest.raises(UsageError):
         virtually(process_api_requests_from_file(str(job), **({"request_url": NOWHERE} | settings)))
     assert untouched(job)
+
+
+@pytest.mark.parametrize("ledger", ["{", "[]", '{"jobs": 5}', '{"jobs": [5]}', "\\udcff"])
+def test_a_ledger_of_batch_jobs_that_cannot_be_read(job: Path, ledger: str) -> None:
+    """It may list jobs that are open and paid for: the run is refused until somebody has looked."""
+    path = job.with_name("job_results.jsonl.batch.json")
+    path.write_text(ledger, errors="surrogateescape")
+    with pytest.raises(UsageError, match=r"batch\.json cannot be read .*--ignore_batch"):
+        virtually(process_api_requests_from_file(str(job), request_url=NOWHERE, api_key=KEY))
+    path.write_text('{"jobs": [{"id": "batch_1", "open": false}]}')
+    tally = virtually(
+        process_api_requests_from_file(str(job), request_url=NOWHERE, api_key=KEY, limit=1, max_attempts=1)
+    )
+    assert tally.calls == 1
 
 
 def test_python_takes_what_the_cookbooks_function_took(job: Path) -> None:

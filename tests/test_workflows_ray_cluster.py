@@ -802,7 +802,7 @@ def test_on_a_real_cluster(real_cluster: Any, provider: ProviderProcess, tmp_pat
     assert not list(tmp_path.glob("*.shards"))
     stats = provider.ask("/_stats")
     assert stats["max_in_flight"] <= 60, "30, and 30 that the killed driver has left behind"
-    assert stats["calls"] - 900 <= 2 * 30 + 10, "what a killed node and a killed driver had in flight"
+    assert stats["calls"] - 900 <= 2 * 30 + 60, "in flight at both kills, and answered a moment before but not yet told"
     written = [file for file in real_cluster.folder.rglob("*") if file.is_file() and not file.is_symlink()]
     assert written
     assert not [file for file in [*written, *tmp_path.iterdir()] if KEY.encode() in file.read_bytes()]
