@@ -115,6 +115,7 @@ def test_batch_and_the_names_of_the_environment(tmp_path: Path, monkeypatch: pyt
         ):
             monkeypatch.setenv(name, value)
         assert run("--provider", "dashscope", "--poll-seconds", "0.02") == 1
+        assert run("--provider", "dashscope", "--live", "--dry_run") == 0
     (job,) = batches.jobs.values()
     assert job.fields["completion_window"] == "48h"
     assert {line["body"]["model"] for line in job.lines} == {"qwen-max"}

@@ -53,6 +53,14 @@ def test_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
     assert second == {"id": "2", "question": "c", "question.1": "d"}
 
 
+@pytest.mark.parametrize("head", ["sep=;", "SEP=;", '"sep=;"', "sep=|"])
+def test_csv_that_says_what_stands_between_fields(tmp_path: Path, head: str) -> None:
+    """The first line that Excel writes for itself is followed, and is no row."""
+    path = tmp_path / "q.csv"
+    path.write_text(f"{head}\nid,x;question\n1;a, b, c\n".replace(";", head.strip('"')[-1]), "utf-8")
+    assert list(_files.read_rows(path, ("question",))) == [{"id,x": "1", "question": "a, b, c"}]
+
+
 def test_utf8_that_breaks_off_is_not_read_as_gbk(tmp_path: Path) -> None:
     """A file whose text was UTF-8 up to a line is told by that line, instead of asking about gibberish."""
     path = tmp_path / "q.csv"

@@ -12,7 +12,7 @@ import tempfile
 import unicodedata
 from datetime import UTC, datetime
 from difflib import get_close_matches
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from typing import IO, TYPE_CHECKING, Any
 
 from api_request_parallel_processor import LOGGER, UsageError, dumps, loads
@@ -130,12 +130,15 @@ def read_csv_rows(path: Path, needed: Sequence[str] = ()) -> Iterator[Row]:
     """Give the rows of a CSV file by the names of its first row; commas, semicolons or tabs between fields."""
     csv.field_size_limit(LONGEST_FIELD)
     with path.open(encoding=encoding_of(path), newline="") as file:
-        delimiter = max(",;\t", key=next(filter(str.strip, file), "").count)
+        first = next(filter(str.strip, file), "")
+        told = re.fullmatch(r'"?sep=(.)"?\s*', first, re.IGNORECASE)  # so does Excel say what stands between fields
+        delimiter = told[1] if told else max(",;\t", key=first.count)
         file.seek(0)
         # subtle: strict, since a quote that is never closed would swallow the rest of the file as one field
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         try:
-            names = unique(next((fields for fields in reader if any(map(str.strip, fields))), []))
+            heads = (fields for fields in reader if any(map(str.strip, fields)))
+            names = unique(next(islice(heads, told is not None, None), []))
             if missing := [name for name in needed if name not in names]:
                 there = ", ".join(names) or "nothing"
                 raise UsageError(f"{path} needs the columns {', '.join(needed)}; {missing[0]} is missing in: {there}")

@@ -186,6 +186,8 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", type=type(default), default=default)
     use_batch = os.environ.get("USE_BATCH", "").lower() in TRUE
     parser.add_argument("--batch", action="store_true", default=use_batch, help="through the Batch API")
+    live = "not through the Batch API, whatever USE_BATCH says"
+    parser.add_argument("--live", dest="batch", action="store_false", default=use_batch, help=live)
     parser.add_argument("--completion_window", default=given["completion_window"], help="with --batch: 24h to 336h")
     for name in ("finish_live", "resubmit"):
         parser.add_argument(f"--{name}", action="store_true", help=f"with --batch: {provider_batch.HELP[name]}")
