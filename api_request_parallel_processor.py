@@ -2358,7 +2358,7 @@ def check_request(body: dict[str, Any], shape: str, provider: Provider) -> str:
     fits = isinstance(value, row.takes) and (value or value == "")
     if not fits or (row.takes is list and not {dict}.issuperset(map(type, value))):
         others = [r for r in SHAPES.values() if (r.needs, r.takes) != (row.needs, row.takes)]
-        fitting = (r for r in others if isinstance(body.get(r.needs[0]), r.takes))
+        fitting = (r for r in others if isinstance(found := body.get(r.needs[0]), r.takes) and found not in ([], {}))
         other = next((other.paths.split()[0][1:] for other in fitting), "")
         looks = f"; this looks like a request for {other}" if other else ""
         wanted = {list: "a list of objects", dict: "an object"}.get(row.takes, "a text or a list")
@@ -2366,8 +2366,8 @@ def check_request(body: dict[str, Any], shape: str, provider: Provider) -> str:
     barred = ("background", "webhook", "stream")[: 2 if shape == "chat" and provider.name != "json_gateway" else 3]
     if name := next(filter(body.get, barred), ""):
         return f'"{name}" cannot be used here, "stream" only in OpenAI-shaped chat requests; remove it'
-    modelless = body.get("model") or not provider.names_model or shape in ("gemini", "deepinfra", "moderations")
-    return "" if modelless else f'"model" is missing; {provider.name} needs it'
+    known = body.get("model") or not provider.names_model or shape in ("gemini", "deepinfra", "moderations")
+    return "" if known else f'"model" is missing; {provider.name} needs it'
 
 
 def unwrap_gateway(body: Any) -> tuple[Any, dict[str, Any], str]:

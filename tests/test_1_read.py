@@ -82,6 +82,7 @@ BAD: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize(("line", "hint"), [
     ({"model": "m", "messages": []}, False), ({"model": "m", "messages": ["hello"]}, False),
     ({"model": "m", "input": "hello"}, True), ({"contents": [{"parts": []}]}, True), ({"model": "m"}, False),
+    ({"input": []}, False), ({"contents": []}, False), ({"prompt": ""}, True),
 ])  # fmt: skip
 def test_a_line_for_another_endpoint_is_told_where_it_belongs(line: dict[str, Any], hint: bool) -> None:
     """Other endpoints are named only where the line would be right."""
