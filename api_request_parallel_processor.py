@@ -158,19 +158,19 @@ class Settings:
         for unknown in given.keys() - cls.__dataclass_fields__.keys():
             raise UsageError(f"unknown setting {unknown!r}; the fields of Settings are what there is")
         told = {n: os.fspath(v) if isinstance(v, os.PathLike) else v for n, v in given.items() if v is not None}
-        lists = {n: v for n, v in told.items() if isinstance(v, list | tuple)}
+        lists = {n: [*map(str, v)] for n, v in told.items() if isinstance(v, list | tuple)}
         return cls(**told | {n: tuple(v) if n == "request_header" else " ".join(v) for n, v in lists.items()})
 
     def check(self) -> None:
         """Refuse values that mean nothing."""
         for knob in fields(self):
             name, value, choices = knob.name, getattr(self, knob.name), knob.metadata["choices"]()
+            kind = str if knob.default is MISSING else type(knob.default)
             least = 1e-9 if name in ("max_attempts", "request_timeout", "max_reply_megabytes") else 0
-            number = isinstance(value, int | float) and least <= value < math.inf
-            if type(knob.default) in (int, float) and not number:
+            if kind in (int, float) and not (isinstance(value, int | float) and least <= value < math.inf):
                 raise UsageError(f"--{name} {value!r}: give a number {'above 0' if least else 'from 0 up'}")
-            if isinstance(knob.default, str) and not isinstance(value, str) and name != "logging_level":
-                raise UsageError(f"--{name} takes a text, not {type(value).__name__}")
+            if kind in (str, tuple) and not isinstance(value, kind) and name != "logging_level":
+                raise UsageError(f"--{name} takes a {'text' if kind is str else 'list'}, not {type(value).__name__}")
             if choices and value not in choices:
                 raise UsageError(f"--{name} {value!r} is none of {', '.join(choices)}")
         if self.max_cost and not (self.input_price or self.output_price):

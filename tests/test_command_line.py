@@ -205,12 +205,19 @@ def test_standard_input_that_is_closed(tmp_path: Path) -> None:
     {"token_encoding_name": "x"}, {"save_filepath": "/no/such/folder/x.jsonl"}, {"request_url": "nowhere"},
     {"progress": "dots"}, {"logging_level": "loud"}, {"max_attempts": "5"}, {"request_header": ("x",)},
     {"api_key": 5}, {"request_url": 5}, {"provider": 5}, {"save_filepath": 5}, {"no_such_setting": 1},
+    {"request_url": [5]}, {"request_header": [5]}, {"request_header": "Name: value"}, {"logging_level": [None]},
 ])  # fmt: skip
 def test_wrong_usage_from_python(job: Path, settings: dict[str, Any]) -> None:
     """From Python, wrong settings raise a usage error instead of exiting."""
     with pytest.raises(UsageError):
         virtually(process_api_requests_from_file(str(job), **({"request_url": NOWHERE} | settings)))
     assert untouched(job)
+
+
+def test_a_number_is_no_request_file() -> None:
+    """It would be read as the number of an open file, perhaps of somebody else's."""
+    with pytest.raises(UsageError, match="--requests_filepath takes a text, not int"):
+        virtually(process_api_requests_from_file(0, save_filepath="x.jsonl", dry_run=True))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("ledger", ["{", "[]", '{"jobs": 5}', '{"jobs": [5]}', "\\udcff"])
