@@ -1364,7 +1364,7 @@ def look_inside(body: Any, answer: str) -> str | None:
         return ""  # so do some servers of embeddings; Gemini puts a list around an error
     whole = only(dict, body)
     match found := whole.get(answer):
-        case [{"finish_reason": "stop" | "length"}] | [{"embedding": _}, *_] if not whole.get("error"):
+        case [{"finish_reason": "stop" | "length" | "tool_calls"}] | [{"embedding": _}, *_] if not whole.get("error"):
             return ""  # subtle: the rest decides the same, slower
     if whole.get("error") or not (found or (found == [] and answer in ("content", "output"))):
         blocked = only(dict, whole.get("promptFeedback")).get("blockReason")
