@@ -1191,8 +1191,7 @@ class Endpoint:
     @property
     def name(self) -> str:
         """Its host, and the variable of its key if there may be several."""
-        host, variable = urlsplit(self.url).netloc, self.settings.api_key_env
-        return f"{host} ({variable})" if variable else host
+        return f"{urlsplit(self.url).netloc} ({self.settings.api_key_env})".removesuffix(" ()")
 
     async def open(self, stack: contextlib.AsyncExitStack) -> None:
         """Open the connection pool, without aiohttp's limits of connections, time and headers; `stack` closes it."""
@@ -2085,12 +2084,13 @@ def reread_limits(run: Run) -> None:
 
 def make_endpoint(settings: Settings, secrets: Secrets) -> Endpoint:
     """Find the provider, its key and its rules; refuse what cannot work or is not safe."""
-    host = None
-    with contextlib.suppress(ValueError):  # a port or an address in brackets that is none
+    host = ""
+    with contextlib.suppress(ValueError):  # a port, a name or an address in brackets that is none
         parts = urlsplit(settings.request_url.strip())
-        host = parts.hostname if parts.scheme in ("http", "https") and parts.port != 0 else None
-    if not host:
-        raise UsageError("--request_url is no http(s) address such as https://api.openai.com/v1/chat/completions")
+        host = (parts.hostname or "").encode("idna").decode() if parts.port != 0 and "@" not in parts.netloc else ""
+    if not host or parts.scheme not in ("http", "https"):
+        example = "such as https://api.openai.com/v1/chat/completions; a password goes into --request_header"
+        raise UsageError(f"--request_url is no http(s) address {example}")
     if parts.path in ("", "/") or parts.path.rstrip("/").endswith("/v1"):
         parts = parts._replace(path=parts.path.rstrip("/") + "/chat/completions")
         LOGGER.warning("--request_url names no endpoint: sending to %s", parts.path)

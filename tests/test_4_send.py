@@ -520,12 +520,16 @@ def test_plain_http_with_a_key_to_a_public_address(tmp_path: Path, url: str) -> 
         "http://[::1/v1/chat/completions",
         "http://127.0.0.1:abc/v1/chat/completions",
         "http://127.0.0.1/v1/unheard/of",
+        "https://my-resource..openai.azure.com/openai/v1/chat/completions",
+        "http://user:password@127.0.0.1:9/v1/chat/completions",
+        "http://:password@127.0.0.1:9/v1/chat/completions",
     ],
 )
 def test_addresses_that_are_none(tmp_path: Path, url: str) -> None:
-    """An address that cannot be used is wrong usage, before anything is sent or written."""
-    with pytest.raises(UsageError):
+    """An address that cannot be used is wrong usage, before anything is sent or written, and shows no password."""
+    with pytest.raises(UsageError) as refused:
         virtually(only_check(tmp_path, url))
+    assert ":password" not in str(refused.value)
     assert [path.name for path in tmp_path.iterdir()] == ["job.jsonl"]
 
 
