@@ -312,8 +312,7 @@ class Run:
         ranks = []
         for index, endpoint in enumerate(self.endpoints):
             delay = endpoint.pacer.delay(cost, now)
-            if endpoint.outage.down:
-                delay = max(delay, endpoint.outage.delay(now))
+            delay = max(delay, endpoint.outage.delay(now)) if endpoint.outage.down else delay
             failed_here = request.attempts > 0 and endpoint is request.endpoint
             ranks.append((delay, failed_here, endpoint.pacer.in_flight, index))  # less in flight: it answers faster
         delay, _, _, index = min(ranks)
@@ -456,7 +455,8 @@ class Run:
     def look_after(self, now: float) -> None:
         """End a run that was interrupted, or that had no success for long while something was tried."""
         if self.signal and not self.stopped_by:
-            LOGGER.warning("%s: nothing new is started; once more stops at once.", signal.Signals(self.signal).name)
+            told = "%s: nothing new is started; once more stops at once. The same command continues."
+            LOGGER.warning(told, signal.Signals(self.signal).name)
             self.stop("signal")
         if not (self.hand or self.in_flight or self.retries):
             self.trouble_since = math.inf
@@ -1830,8 +1830,7 @@ class Reporter:
         words = [f"{tally.succeeded + tally.finished_before:,}{of} done", f"{tally.failed:,} failed"]
         words += [f"{len(run.in_flight):,} in flight", f"{len(run.retries) + len(run.limbo):,} to retry"]
         if run.stopped_by and run.in_flight:
-            oldest, _ = next(iter(run.in_flight.values()))
-            wait = duration(oldest.started + run.settings.request_timeout - now)
+            wait = duration(next(iter(run.in_flight.values()))[0].started + run.settings.request_timeout - now)
             words.append(f"finishing what is in flight, {wait} at most (Ctrl-C again: at once)")
         elif all(endpoint.outage.down for endpoint in run.endpoints):
             words.append("the provider is down, probing")
@@ -1991,9 +1990,10 @@ async def run_job(settings: Settings, *, main_program: bool = False) -> Tally:
         try:
             await run.process_requests()
         finally:
-            for _, task in run.in_flight.values():
-                task.cancel()
-            await asyncio.gather(*(task for _, task in run.in_flight.values()), return_exceptions=True)
+            lost = [task for _, task in run.in_flight.values() if task.cancel()]
+            await asyncio.gather(*lost, return_exceptions=True)
+            run.tally.answer_lost += len(lost)  # a second signal does not wait for them
+            run.tally.spent += run.expected_spend if lost else 0.0
         return conclude(run, began)
 
 
@@ -2089,8 +2089,7 @@ def make_endpoint(settings: Settings, secrets: Secrets) -> Endpoint:
         parts = urlsplit(settings.request_url.strip())
         host = (parts.hostname or "").encode("idna").decode() if parts.port != 0 and "@" not in parts.netloc else ""
     if not host or parts.scheme not in ("http", "https"):
-        example = "such as https://api.openai.com/v1/chat/completions; a password goes into --request_header"
-        raise UsageError(f"--request_url is no http(s) address {example}")
+        raise UsageError("--request_url must be like https://api.openai.com/v1; a password goes into --request_header")
     if parts.path in ("", "/") or parts.path.rstrip("/").endswith("/v1"):
         parts = parts._replace(path=parts.path.rstrip("/") + "/chat/completions")
         LOGGER.warning("--request_url names no endpoint: sending to %s", parts.path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -280,21 +281,27 @@ def test_an_interrupt_before_the_run_has_begun(job: Path) -> None:
 
 @posix
 def test_a_second_signal_stops_at_once(provider: ProviderProcess, job: Path, results: Path) -> None:
-    """What hangs is not waited for, and no line is torn."""
+    """What hangs is not waited for, but counted as sent and paid for, and no line is torn."""
     rules = [{"contains": f"question {i:03}.", "fault": "hang"} for i in range(10, 60)]
     provider.ask("/_control", {"statuses": rules})
     write_lines(job, chats(60))
-    process = start(job, provider.url + CHAT, *FAST, "--max_concurrent_requests", "20")
-    until(lambda: count(results) >= 10, process)
+    flags = (*FAST, "--max_concurrent_requests", "20", "--input_price", "1000", "--logging_level", "20")
+    process = start(job, provider.url + CHAT, *flags)
+    until(lambda: count(results) >= 10 and provider.ask("/_stats")["calls"] > 10, process)
     process.send_signal(signal.SIGINT)
     line = b""
     while b"SIGINT" not in line:
         assert process.stderr
         line = process.stderr.readline()
         assert line, "it ended"
+    assert b"The same command continues" in line
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=20)
     assert process.returncode == 130
+    patterns = rb"Calls: (\d+)", rb"answer lost .perhaps billed.: (\d+)", rb"Tokens: (\d+) in", rb"Spent: ([\d.]+)"
+    calls, lost, tokens, spent = (float(found[1]) for pattern in patterns if (found := re.search(pattern, errors)))
+    assert lost == calls - 10
+    assert spent > tokens * 1000 / 1e6
     assert len(read_lines(results)) == 10
     assert not results.with_name(results.name + ".lock").exists()
 
