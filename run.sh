@@ -226,7 +226,8 @@ find_python() {
     done
     python3 -c "import sys; $new_enough" >/dev/null 2>&1 &&
         stop "Python comes without its module venv here; on Debian and Ubuntu: sudo apt install python3-venv"
-    stop "needs Python 3.11 or newer, found $(python3 -V 2>&1 | tail -n 1); get it from https://www.python.org/downloads"
+    found=$(python3 -V 2>/dev/null) || found=none
+    stop "needs Python 3.11 or newer, found $found; get it from https://www.python.org/downloads"
 }
 set_python() {
     python=$venv/bin/python
@@ -238,7 +239,8 @@ install() {
     printf 'installing aiohttp, tiktoken and their helpers into %s: once, takes about 20 s\n' "$venv"
     if ! [ -f "$venv/stamp" ] || ! "$python" -m pip -V >/dev/null 2>&1; then
         find_python
-        "$candidate" -m venv --clear "$venv"
+        "$candidate" -m venv --clear "$venv" ||
+            stop "could not make $venv here, for the reason above; to keep the packages elsewhere: VENV_DIR=<a folder> sh run.sh"
         set_python
     fi
     "$python" - "$venv" <<'END'

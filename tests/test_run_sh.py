@@ -404,6 +404,23 @@ def test_an_old_python_is_named(probed: Path) -> None:
     assert "needs Python 3.11 or newer, found Python 3.8.1" in done.stderr
 
 
+def test_no_python_is_told_plainly(probed: Path) -> None:
+    """Where there is none at all, the message says so, rather than repeating what the shell says."""
+    shutil.rmtree(probed / ".venv")
+    done = run(probed, PATH=fake_pythons(probed / "bin", "echo 'python3: not found' >&2; exit 127"))
+    assert done.returncode == 2
+    assert "needs Python 3.11 or newer, found none" in done.stderr
+
+
+def test_a_place_without_room_for_packages_names_the_way_out(probed: Path) -> None:
+    """In a checkout that cannot be written to, the message names the variable that puts the packages elsewhere."""
+    shutil.rmtree(probed / ".venv")
+    (probed / ".venv").write_text("in the way", "ascii")
+    done = run(probed)
+    assert done.returncode == 2
+    assert "VENV_DIR=" in done.stderr
+
+
 def test_a_python_without_venv_names_the_package(probed: Path) -> None:
     """Debian's Python without ensurepip leads to the command that completes it."""
     shutil.rmtree(probed / ".venv")
