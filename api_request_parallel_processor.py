@@ -614,7 +614,7 @@ def parse_line(number: int, raw: bytes, endpoint: Endpoint) -> Request:
         if isinstance(body, list) and len(body) in (2, 3, 4) and isinstance(body[0], dict):
             body, metadata = body[0], body[2] if len(body) > 2 else None
         elif not isinstance(body, dict):
-            raise ValueError(f"a request is a JSON object, this is {str(raw[:40], errors='replace')!r}")
+            raise ValueError(f"a request is a JSON object, this is {str(raw[:40].strip(), errors='replace')!r}")
         elif "custom_id" in body and isinstance(body.get("body"), dict):
             line, path = {"method": "POST", "url": "", **body}, urlsplit(endpoint.url).path
             if line["method"] != "POST" or not path.endswith(str(line["url"])):
@@ -1546,7 +1546,7 @@ def loads(data: bytes | str, *, mend: bool = False) -> Any:
     try:
         return MEND(data.decode(json.detect_encoding(data), "replace")) if mend else DECODE(data.decode())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{error.msg} (character {error.pos + 1})") from None
+        raise ValueError(f"no JSON: {error.msg} (character {error.pos + 1})") from None
 
 
 def dumps(value: Any, *, sort_keys: bool = False) -> bytes:
@@ -1592,7 +1592,8 @@ def guard(path: Path, requests: Path) -> bool:
     alien = first > b"" and read_result(first) is None
     torn = alien and re.fullmatch(rb'\[(["{].*)?', first) is not None
     problems = {
-        f"its folder is missing or not writable (mkdir -p '{folder}')": not os.access(folder, os.W_OK | os.X_OK),
+        f"its folder is missing (mkdir -p '{folder}')": not folder.is_dir(),
+        f"its folder {folder} is not writable for you": not os.access(folder, os.W_OK | os.X_OK),
         "it is no regular file": path.exists() and not path.is_file(),
         "it is the request file too": path.is_file() and requests.exists() and path.samefile(requests),
         f"its first line is no result line: {str(first[:60])[2:-1]}": alien and not torn,
@@ -1897,7 +1898,7 @@ def summarize(run: Run) -> list[str]:
         lines.append(budget and f"Budget of {budget:,.0f} {name} a minute: {amount / minutes / budget:.0%} used.")
     lines += [f"{endpoint.name}: {found}" for endpoint in run.endpoints if (found := endpoint.pacer.describe())]
     words = "{}: {:.2f} of the estimated input, {:.0f} output tokens on average".format
-    lines += [words(model, seen[1] / seen[0], seen[3] / seen[2]) for model, seen in run.learned.items()]
+    lines += [words(model or "no model", seen[1] / seen[0], seen[3] / seen[2]) for model, seen in run.learned.items()]
     if not (tally.calls or tally.failed or run.stopped_by):
         lines.append("Nothing to do, all are finished; --restart starts afresh, another --save_filepath keeps both.")
     advice = "Failed lines hold their reasons. The same command tries them again; --save_details tells more."

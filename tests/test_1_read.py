@@ -72,7 +72,7 @@ BAD: dict[str, tuple[bytes, str]] = {
         "GET",
     ),
     "batch line without a body": (b'{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions"}', ""),
-    "control character": (GOOD.replace(b"hello", b"a\x01b"), ""),
+    "control character": (GOOD.replace(b"hello", b"a\x01b"), "no JSON: "),
     "a comment": (b"# my requests", ""),
     "BOM in the middle": (b"\xef\xbb\xbf" + GOOD, ""),
     "null byte": (b"\0\0\0", ""),

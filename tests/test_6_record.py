@@ -577,6 +577,7 @@ def test_guard_permission(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if getattr(os, "geteuid", lambda: 1)() == 0:
         monkeypatch.setattr(os, "access", lambda *_: False)
         assert "not writable" in refused(path)
+        assert "mkdir" not in refused(path)  # it is there
         monkeypatch.undo()
 
         def refuse(*_: Any, **__: Any) -> None:

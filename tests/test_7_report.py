@@ -94,6 +94,13 @@ def test_the_summary(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.usefixtures("_informed")
+def test_the_summary_of_requests_that_name_no_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where the URL or the server chooses the model, what was learned does not stand under an empty name."""
+    play(tmp_path, [{"input": "hello"}], path="/v1/inference/org/m")
+    assert "no model: " in log_of(caplog)
+
+
+@pytest.mark.usefixtures("_informed")
 def test_lost_answers_are_told_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What was sent may have been billed; the summary says how many answers were lost on the way."""
     play(tmp_path, chats(1), Options(fault_script=["hang", "reset"]), request_timeout=5)
