@@ -2215,7 +2215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         LOGGER.removeHandler(handler)
     if tally.stop_reason:
-        complain(f"Stopped early: {tally.stop_reason} Then the same command continues.")
+        complain(f"Stopped early: {tally.stop_reason} The same command continues.")
     return tally.exit_code
 
 

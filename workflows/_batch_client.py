@@ -127,7 +127,7 @@ class Client:
             raise Stopped(f"{reason} Check --request_url and the network; then the same command continues.")
         if verdict.action is Action.STOP:
             advice = likely_mistake(self.endpoint, verdict, reply)
-            raise Stopped(f"{verdict.message.rstrip('. ')}. {advice} Then the same command continues.")
+            raise Stopped(f"{verdict.message.rstrip('. ')}. {advice} The same command continues.")
         return verdict.action
 
     def words(self, reply: Reply) -> str:

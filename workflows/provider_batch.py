@@ -287,7 +287,7 @@ class Batch:
             LOGGER.info("Sending live what the batches could not do.")
             tally = await run_job(self.options.live(), main_program=main_program)
             if tally.stop_reason:
-                complain(f"Stopped early: {tally.stop_reason} Then the same command continues.")
+                complain(f"Stopped early: {tally.stop_reason} The same command continues.")
             return tally.exit_code
         if failed:
             LOGGER.info(
@@ -567,7 +567,7 @@ async def execute(command: str, ids: Sequence[str], options: Options) -> int:
         )
         tally = await run_job(settings, main_program=True)
         if tally.stop_reason:
-            complain(f"Stopped early: {tally.stop_reason} Then the same command continues.")
+            complain(f"Stopped early: {tally.stop_reason} The same command continues.")
         return tally.exit_code
     acts: dict[str, Callable[[Batch], Awaitable[int]]] = {
         "run": lambda batch: batch.run(main_program=True),

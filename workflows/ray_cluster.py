@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             tally = runner.run(run_cluster(settings, workers, address))
     if tally.stop_reason:
-        complain(f"Stopped early: {tally.stop_reason} Then the same command continues.")
+        complain(f"Stopped early: {tally.stop_reason} The same command continues.")
     return tally.exit_code
 
 
