@@ -331,16 +331,15 @@ class Run:
         self.tally.calls += 1
         self.expected_spend += request.price
         request.endpoint, endpoint.outage.last_start = endpoint, now
-        self.in_flight[request.line] = (request, asyncio.create_task(attempt()))
+        self.in_flight[request.line] = (request, asyncio.get_running_loop().create_task(attempt()))
 
     def settle(self, request: Request, endpoint: Endpoint, ticket: Ticket, reply: Reply, now: float) -> None:
         """Apply what a reply means: to the pacing, to what is learned, to the request and to the run."""
         del self.in_flight[request.line]
         self.expected_spend -= request.price
         verdict, usage = judge(reply, endpoint.provider, endpoint.shape), read_usage(reply.body, endpoint.shape)
-        action = verdict.action
-        outcome = ACCEPTED if action is DONE else OUTCOMES.get(action, ACCEPTED)
-        charged = sum(usage[:2]) if usage else 0 if outcome is REFUSED or not reply.sent else None
+        outcome = ACCEPTED if (action := verdict.action) is DONE else OUTCOMES.get(action, ACCEPTED)
+        charged = usage[0] + usage[1] if usage else 0 if outcome is REFUSED or not reply.sent else None
         endpoint.pacer.finish(ticket, outcome, now, charged, read_limits(reply, endpoint.provider, time.time()))
         self.tally.count(verdict, reply, usage)
         if self.settings.input_price or self.settings.output_price:
@@ -522,9 +521,8 @@ class Reader:
 
     def __init__(self, file: IO[bytes], endpoint: Endpoint, tokens: Tokenizer, limit: int, wake: Wake) -> None:
         self.file, self.endpoint, self.tokens, self.limit, self.wake = file, endpoint, tokens, limit or math.inf, wake
-        self.number, self.given, self.due, self.ended = 0, 0, 0.0, False
+        self.number, self.given, self.due, self.ended, self.patience_ends = 0, 0, 0.0, False, math.inf
         self.preparing: asyncio.Future[Request] | None = None  # a long line, in a thread
-        self.patience_ends = math.inf  # with a torn last line
         self.queue, place = queue.Queue[bytes](maxsize=256), file.fileno()
         self.size = os.fstat(place).st_size if os.path.isfile(place) else 0  # 0: read by the thread
         if not self.size:  # subtle: a file object of its own, since Python locks that of standard input when it ends
@@ -546,17 +544,19 @@ class Reader:
             request = self.preparing.result() if self.preparing.done() else None
             self.preparing = None if request else self.preparing
             return request
-        raw: bytes | None = b"\n"
-        while raw and not raw.strip(BLANKS):  # blank lines count, but are skipped
-            raw = b"" if self.ended or self.given >= self.limit else self._next_line(now)
-            self.number += bool(raw)
-        self.ended = raw == b""
-        self.given += bool(raw)
-        if raw and len(raw) > LONG_LINE_BYTES:
+        while raw := b"" if self.ended or self.given >= self.limit else self._next_line(now):
+            self.number += 1
+            if raw.strip(BLANKS):  # blank lines count, but are skipped
+                break
+        else:
+            self.ended = raw is not None
+            return None
+        self.given += 1
+        if len(raw) > LONG_LINE_BYTES:
             self.preparing = asyncio.get_running_loop().run_in_executor(None, self._prepare, self.number, raw)
             self.preparing.add_done_callback(lambda _: self.wake())
             return None
-        return parse_line(self.number, raw, self.endpoint) if raw else None
+        return parse_line(self.number, raw, self.endpoint)
 
     def _next_line(self, now: float) -> bytes | None:
         """Give the next line; an empty one is the end, None means not yet."""
@@ -627,8 +627,8 @@ def parse_line(number: int, raw: bytes, endpoint: Endpoint) -> Request:
         kept = raw if len(raw) <= MAX_LINE_BYTES else raw[:RAW_TEXT_KEPT]
         body, problem = kept.decode(errors="backslashreplace").strip(), str(error)
     problem = f"line {number}: {problem}" if problem else ""
-    model = only(str, only(dict, body).get("model"))
-    return Request(number, body, metadata, problem, model)
+    model = body.get("model") if isinstance(body, dict) else ""
+    return Request(number, body, metadata, problem, model if isinstance(model, str) else "")
 
 
 # ==== 2 estimate: tokens it will be charged ===========================================================================
@@ -659,11 +659,12 @@ class Usage(NamedTuple):
 
 
 NO_COST: Cost = Cost(0, 0)
-PROMPT_KEYS = {*"messages input prompt suffix contents system instructions systemInstruction".split(),
-    *"system_instruction response_format text responseSchema responseJsonSchema".split()}  # fmt: skip
-CAP_KEYS = "max_completion_tokens max_tokens max_output_tokens max_new_tokens maxOutputTokens".split()
-NUMBER_KEYS = dict.fromkeys(CAP_KEYS, "cap") | dict.fromkeys(
-    "n best_of candidateCount candidate_count num_responses".split(), "answers")  # fmt: skip
+KEY_KINDS = {key: kind for kind, keys in {  # what a key of a request says about its tokens
+    "prompt": "messages prompt suffix contents system instructions systemInstruction system_instruction text "
+        "response_format responseSchema responseJsonSchema", "input": "input", "tools": "tools functions",
+    "cap": "max_completion_tokens max_tokens max_output_tokens max_new_tokens maxOutputTokens",
+    "answers": "n best_of candidateCount candidate_count num_responses",
+    "nested": "parameters generationConfig generation_config"}.items() for key in keys.split()}  # fmt: skip
 MEDIA_KEYS = {*"image image_url audio input_audio video video_url file file_data source inlineData inline_data".split()}
 PART_KEYS = MEDIA_KEYS | {"role", "content", "text", "parts", "name", "function", "thinking", "output"}
 SILENT_KEYS = {"role", "type", "id", "call_id", "tool_call_id", "index", "status", "detail", "encrypted_content"}
@@ -684,14 +685,17 @@ def estimate_tokens(body: Any, shape: str, count: Callable[[str], int]) -> Estim
     prompt = reply = 3 if shape in {"chat", "responses", "dashscope", "anthropic", "gemini"} else 0
     for key, value in (fields := [*flat.items()]):
         try:
-            if key in PROMPT_KEYS and not (key == "input" and isinstance(value, dict)):  # a bare text becomes a message
-                prompt += content_tokens(value, model, count) + (4 if reply and isinstance(value, str) else 0)
-            elif key in NUMBER_KEYS and type(value) in (int, float) and 0 <= value <= 10**9:
-                numbers[NUMBER_KEYS[key]] = max(numbers.get(NUMBER_KEYS[key], 0), int(value))
-            elif key in {"input", "parameters", "generationConfig", "generation_config"} and isinstance(value, dict):
-                fields += value.items()  # as if they were not nested
-            elif key in {"tools", "functions"} and value:
-                prompt += 12 + sum(tool_tokens(tool, count) for tool in (value if isinstance(value, list) else [value]))
+            match kind := KEY_KINDS.get(key):
+                case None:
+                    continue
+                case "prompt" | "input" if kind == "prompt" or not isinstance(value, dict):
+                    prompt += content_tokens(value, model, count) + (4 if reply and isinstance(value, str) else 0)
+                case "cap" | "answers" if type(value) in (int, float) and numbers.get(kind, 0) <= value <= 10**9:
+                    numbers[kind] = int(value)
+                case "input" | "nested" if isinstance(value, dict):
+                    fields += value.items()  # as if they were not nested
+                case "tools" if value:
+                    prompt += 12 + sum(tool_tokens(tool, count) for tool in only(list, value) or [value])
         except (AttributeError, RecursionError, TypeError, ValueError):  # strange tools, too deep, too long a number
             prompt += 1000
     if isinstance(prompts := flat.get("prompt"), list) and shape == "completions":
@@ -704,11 +708,11 @@ def content_tokens(value: Any, model: str, count: Callable[[str], int]) -> int:
     """Tokens of a text, token ids, a message or part of any family, or a list of these; anything else as JSON text."""
     if isinstance(value, str):
         return count(value)
-    total = 0
     if isinstance(value, list):
         if value and type(value[0]) is int:
             return len(value)
-        for item in value:
+        total = 0
+        for item in value:  # a sum() of a generator takes a third longer
             total += content_tokens(item, model, count)
         return total
     if not isinstance(value, dict) or ("role" not in value and PART_KEYS.isdisjoint(value)):  # may hold base64
@@ -813,8 +817,7 @@ class LearnedTokens(dict[str, list[float]]):
 
     def cost(self, model: str, estimate: Estimate) -> Cost:
         """Tokens to expect, and at worst; an answer is taken to have 256 tokens before there is one."""
-        estimated, charged, answers, output = self.get(model, (1, 1, 1, 0))
-        counted, cap, times = estimate
+        (estimated, charged, answers, output), (counted, cap, times) = self.get(model, (1, 1, 1, 0)), estimate
         prompt, answer = int(counted * charged / estimated + 0.5), int((output / answers or 256) * times + 0.5)
         cap = answer if cap is None else cap
         return Cost(prompt + (answer if answer < cap else cap), prompt + cap, prompt)
@@ -825,9 +828,9 @@ class LearnedTokens(dict[str, list[float]]):
         seen = self.setdefault(model, [1e-9, 1e-9, 1e-9, 0])
         if charged > 0 and prompt > 0:
             true = charged if prompt / 4 <= charged <= prompt * 4 else min(max(charged, prompt / 4), prompt * 4)
-            seen[:2] = 0.95 * seen[0] + prompt, 0.95 * seen[1] + true
+            seen[0], seen[1] = 0.95 * seen[0] + prompt, 0.95 * seen[1] + true
         if output > 0 and cap != 0:
-            seen[2:] = 0.95 * seen[2] + answers, 0.95 * seen[3] + min(output, 10**6 * answers)
+            seen[2], seen[3] = 0.95 * seen[2] + answers, 0.95 * seen[3] + min(output, 10**6 * answers)
 
 
 # ==== 3 pace: when may it start? ======================================================================================
@@ -940,17 +943,18 @@ class Pacer:
         """Move on to `now`: refill, forget what is older than a minute, let limits grow. A clock set back stands."""
         if now <= self._now:
             return self._now
+        passed, starts = now - self._now, self._starts
         for rate in self._rates:
-            level, most = rate.level + rate.value * (now - self._now), rate.value * PACE_SLACK
+            level, most = rate.level + rate.value * passed, rate.value * PACE_SLACK
             rate.level = level if level < most else most  # min() takes longer than all of this, and each start asks
         self._now, passed, window, bound = now, now - self._ticked, self._window, self._bound[0]
-        while self._starts and now - self._starts[0].last >= PACE_WINDOW:
-            old = self._starts.popleft()
+        while starts and now - starts[0].last >= PACE_WINDOW:
+            old = starts.popleft()
             for index, rate in enumerate(self._rates):
                 rate.held, old.held[index] = rate.held - old.held[index], 0
         if passed < PACE_TICK:
             return now
-        for rate in self._rates[:2] if self._ramping and self._starts else ():
+        for rate in self._rates[:2] if self._ramping and starts else ():
             most = 2000.0 if rate.minute == PACE_FREE > rate.value else PACE_FREE  # 10,000 in flight after some 8 s
             rate.value = min(most, rate.value * 4 ** min(passed, 1.0))
         growing = self._capped if bound is window else not self._ramping
@@ -979,16 +983,16 @@ class Pacer:
 
     def start(self, cost: Cost, now: float) -> Ticket:
         """Take the place and reserve the tokens."""
-        now = self._advance(now)
-        self._mark_at = now if self._last == -math.inf else self._mark_at
+        now, rates, (expected, worst, _) = self._advance(now), self._rates, cost
         if self.in_flight == 0:  # what came before says nothing about the present load
             self._since, self._replies, self._count, self._latencies = now, 0, 0, 0.0
-        self.in_flight, self._last, (first, second, third) = self.in_flight + 1, now, self._rates
+            self._mark_at = now if self._last == -math.inf else self._mark_at
+        self.in_flight, self._last, (first, second, third) = self.in_flight + 1, now, rates
         if not self._starts or now - self._starts[-1].first >= PACE_BIN:
             self._starts.append(_Bin(now, now, [0, 0, 0]))
-        place, held, taken = self._starts[-1], (1, cost.expected, cost.worst), (first.taken, second.taken, third.taken)
+        place, held, taken = self._starts[-1], (1, expected, worst), (first.taken, second.taken, third.taken)
         place.last = now
-        for index, rate in enumerate(self._rates):
+        for index, rate in enumerate(rates):
             place.held[index] += (amount := held[index])
             rate.held, rate.taken, rate.level = rate.held + amount, rate.taken + amount, rate.level - amount
         return Ticket(now, held, self.in_flight, taken, place)
@@ -1176,6 +1180,7 @@ class Endpoint:
     """One URL with its key, its rules and its pacing."""
 
     url: str
+    name: str  # its host, and the variable of its key if there may be several
     provider: Provider
     shape: str
     key: str
@@ -1187,11 +1192,6 @@ class Endpoint:
     settings: Settings  # of this endpoint: its URL, key and limits
     outage: Outage = field(default_factory=lambda: Outage())
     session: aiohttp.ClientSession = field(init=False)
-
-    @property
-    def name(self) -> str:
-        """Its host, and the variable of its key if there may be several."""
-        return f"{urlsplit(self.url).netloc} ({self.settings.api_key_env})".removesuffix(" ()")
 
     async def open(self, stack: contextlib.AsyncExitStack) -> None:
         """Open the connection pool, without aiohttp's limits of connections, time and headers; `stack` closes it."""
@@ -1412,7 +1412,7 @@ def read_limits(reply: Reply, provider: Provider, utc_now: float) -> ServerLimit
         what = limited(name)
         if what and NUMBER.fullmatch(text) and (limit := float(text) * provider.windows.get(what, 1)):
             limits[what] = limit
-    if reply.status >= 400 or only(dict, reply.body).get("error"):
+    if reply.status >= 400 or (isinstance(reply.body, dict) and reply.body.get("error")):
         headers = {name.lower().removeprefix("llm_provider-"): text for name, text in reply.headers.items()}
         hint = TRY_AGAIN.search(error_words(reply.body, reply.text)[2])
         texts = [f"{headers.get('retry-after-ms')}ms", headers.get("retry-after", ""), hint[1] if hint else ""]
@@ -1441,11 +1441,11 @@ def seconds_in(text: str, utc_now: float) -> float | None:
 def read_usage(body: Any, shape: str) -> Usage | None:
     """Tokens that a reply says it used, in any family's words; None if it does not say."""
     row = SHAPES[shape]
-    usage = only(dict, only(dict, body).get(row.usage))
-    details = only(dict, usage.get("prompt_tokens_details") or usage.get("input_tokens_details"))
+    usage = only(dict, body.get(row.usage) if isinstance(body, dict) else None)
     prompt, output = count_in(usage, row.prompt), count_in(usage, row.output)
     prompt = prompt or max(0, count_in(usage, ("total_tokens",)) - output)
-    cached = 0 if CACHED.isdisjoint((*details, *usage)) else count_in(details, CACHED) or count_in(usage, CACHED)
+    details = only(dict, usage.get("prompt_tokens_details") or usage.get("input_tokens_details"))
+    cached = count_in(details, ("cached_tokens",)) or (0 if CACHED.isdisjoint(usage) else count_in(usage, CACHED))
     return Usage(prompt, output, cached and min(cached, prompt)) if prompt or output else None
 
 
@@ -1453,7 +1453,8 @@ def count_in(usage: dict[str, Any], names: Iterable[str]) -> int:
     """Add up the counts of these names that are there and can be true."""
     total = 0
     for name in names:
-        total += value if type(value := usage.get(name)) is int and 0 < value < EPOCH else 0
+        if type(value := usage.get(name)) is int and 0 < value < EPOCH:
+            total += value
     return total
 
 
@@ -1553,7 +1554,7 @@ def dumps(value: Any, *, sort_keys: bool = False) -> bytes:
     """One line of JSON in UTF-8, a lone surrogate as its escape; whatever loads gave can be written."""
     try:
         if orjson is not None:
-            return orjson.dumps(value, option=orjson.OPT_SORT_KEYS if sort_keys else None)
+            return orjson.dumps(value, option=orjson.OPT_SORT_KEYS) if sort_keys else orjson.dumps(value)
     except TypeError:
         pass  # integers beyond 64 bits, lone surrogates, deep nesting
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=sort_keys, separators=(",", ":"))
@@ -2126,17 +2127,16 @@ def make_endpoint(settings: Settings, secrets: Secrets) -> Endpoint:
         LOGGER.warning("Open files are limited to at most %d requests in flight; `ulimit -n` raises that.", allowed)
     per_second, at_once = provider.per_second, provider.concurrency
     pacer = Pacer(*settings.budgets, allowed, settings.seconds_to_sleep_each_loop, per_second, at_once)
-    shape, max_bytes = find_shape(parts.path, provider), int(settings.max_reply_megabytes * 2**20)
-    return Endpoint(url, provider, shape, key, headers, pacer, find_proxy(url, secrets), max_bytes, secrets, settings)
+    shape, most = find_shape(parts.path, provider), int(settings.max_reply_megabytes * 2**20)
+    name, proxy = f"{parts.netloc} ({settings.api_key_env})".removesuffix(" ()"), find_proxy(url, secrets)
+    return Endpoint(url, name, provider, shape, key, headers, pacer, proxy, most, secrets, settings)
 
 
 def is_private(host: str, *, loopback_only: bool = False) -> bool:
     """Tell an address of this machine or of a private network: a key may travel openly there, and is optional."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
-    return address.is_loopback or (address.is_private and not loopback_only)
+    with contextlib.suppress(ValueError):
+        return (address := ipaddress.ip_address(host)).is_loopback or (address.is_private and not loopback_only)
+    return host == "localhost" or host.endswith(".localhost")
 
 
 async def dry_run(settings: Settings, reader: Reader, endpoints: list[Endpoint]) -> Tally:
@@ -2353,7 +2353,7 @@ def find_shape(path: str, provider: Provider) -> str:
 def check_request(body: dict[str, Any], shape: str, provider: Provider) -> str:
     """Why the endpoint cannot mean this request; "" if it can."""
     row = SHAPES[shape]
-    need = next(filter(body.__contains__, row.needs), "")
+    need = row.needs[0] if row.needs[0] in body else next(filter(body.__contains__, row.needs), row.needs[0])
     value: Any = body.get(need)
     fits = isinstance(value, row.takes) and (value or value == "")
     if not fits or (row.takes is list and not {dict}.issuperset(map(type, value))):
@@ -2362,7 +2362,7 @@ def check_request(body: dict[str, Any], shape: str, provider: Provider) -> str:
         other = next((other.paths.split()[0][1:] for other in fitting), "")
         looks = f"; this looks like a request for {other}" if other else ""
         wanted = {list: "a list of objects", dict: "an object"}.get(row.takes, "a text or a list")
-        return f'"{need or row.needs[0]}" is missing or not {wanted}{looks}'
+        return f'"{need}" is missing or not {wanted}{looks}'
     barred = ("background", "webhook", "stream")[: 2 if shape == "chat" and provider.name != "json_gateway" else 3]
     if name := next(filter(body.get, barred), ""):
         return f'"{name}" cannot be used here, "stream" only in OpenAI-shaped chat requests; remove it'

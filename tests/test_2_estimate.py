@@ -377,9 +377,7 @@ JSON = st.recursive(
     ),
     max_leaves=12,
 )
-BODY_KEYS = sorted(
-    program.PROMPT_KEYS | {*program.NUMBER_KEYS, "tools", "functions", "model", "parameters", "generationConfig"}
-)
+BODY_KEYS = sorted({*program.KEY_KINDS, "model"})
 
 
 @settings(max_examples=200, deadline=None)
