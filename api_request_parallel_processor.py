@@ -235,13 +235,12 @@ class Run:
 
     async def process_requests(self) -> None:
         """Take every request from its line to its result line."""
-        while not self.force:
+        while True:
             now = self.clock()
             while self.arrived:  # 5 judge, 6 record
                 self.settle(*self.arrived.popleft(), now)
             self.look_after(now)
-            late_at = self.cancel_late(now)
-            wake_at = self.reporter.update(self, now)  # 7 report
+            wake_at = min(self.cancel_late(now), self.reporter.update(self, now))  # 7 report
             for _ in range(STARTS_PER_TURN):
                 if self.stopped_by:
                     break
@@ -259,9 +258,10 @@ class Run:
             else:
                 wake_at = now  # more may start, but replies come first
             self.flush(now)
-            if not self.in_flight and (self.stopped_by or not (self.hand or self.retries or not self.reader.ended)):
+            more = not self.stopped_by and (self.hand or self.retries or not self.reader.ended)
+            if self.force or not (self.in_flight or more):
                 break
-            await self.wait(min(wake_at, late_at, self.next_check))
+            await self.wait(min(wake_at, self.next_check))
         if not self.stopped_by:
             self.fail_limbo()
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections import Counter
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from api_request_parallel_processor import UsageError, process_api_requests_from_file
+from api_request_parallel_processor import Run, UsageError, process_api_requests_from_file
 from tests.jobs import CHAT, KEY, chat, chats, one_line_each, play, read_lines, succeeded, virtually, write_lines
 from tests.local_provider import LocalProvider, Options
 
@@ -427,6 +428,26 @@ def test_changed_files_between_runs(tmp_path: Path) -> None:
     assert sorted(call["body"].count("twin") for call in played.stats.calls_seen) == [0, 1, 1]
     assert len(played.lines) == 6 + 3 + 3
     assert played.tally.exit_code == 0
+
+
+def test_two_signals_in_one_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has arrived by then is recorded, and the run is no finished one: old failed lines stay."""
+    first = play(tmp_path, chats(3), Options(statuses=[fails("002.", status=400)]))
+    assert first.tally.failed == 1
+    wait = Run.wait
+
+    async def wait_until_two_signals_come(self: Run, until: float) -> None:
+        await wait(self, until)
+        if self.arrived:
+            self.signal, self.force = signal.SIGINT, True
+
+    monkeypatch.setattr(Run, "wait", wait_until_two_signals_come)
+    slow = Options(latency=0.0, statuses=[fails("002.", fault="hang")])
+    second = play(tmp_path, [*chats(3), *chats(9)[5:]], slow)
+    assert second.tally.succeeded > 0
+    assert len(second.lines) == 3 + second.tally.succeeded
+    assert not succeeded(second.by_id[2])
+    assert second.tally.exit_code == 128 + signal.SIGINT
 
 
 def test_limit_counts_finished_requests_and_keeps_the_rest(tmp_path: Path) -> None:
