@@ -631,6 +631,26 @@ def parse_line(number: int, raw: bytes, endpoint: Endpoint) -> Request:
     return Request(number, body, metadata, problem, model if isinstance(model, str) else "")
 
 
+def check_request(body: dict[str, Any], shape: str, provider: Provider) -> str:
+    """Why the endpoint cannot mean this request; "" if it can."""
+    row = SHAPES[shape]
+    need = row.needs[0] if row.needs[0] in body else next(filter(body.__contains__, row.needs), row.needs[0])
+    value: Any = body.get(need)
+    fits = isinstance(value, row.takes) and (value or value == "")
+    if not fits or (row.takes is list and not {dict}.issuperset(map(type, value))):
+        others = [r for r in SHAPES.values() if (r.needs, r.takes) != (row.needs, row.takes)]
+        fitting = (r for r in others if isinstance(found := body.get(r.needs[0]), r.takes) and found not in ([], {}))
+        other = next((other.paths.split()[0][1:] for other in fitting), "")
+        looks = f"; this looks like a request for {other}" if other else ""
+        wanted = {list: "a list of objects", dict: "an object"}.get(row.takes, "a text or a list")
+        return f'"{need}" is missing or not {wanted}{looks}'
+    barred = ("background", "webhook", "stream")[: 2 if shape == "chat" and provider.name != "json_gateway" else 3]
+    if name := next(filter(body.get, barred), ""):
+        return f'"{name}" cannot be used here, "stream" only in OpenAI-shaped chat requests; remove it'
+    known = body.get("model") or not provider.names_model or shape in ("gemini", "deepinfra", "moderations")
+    return "" if known else f'"model" is missing; {provider.name} needs it'
+
+
 # ==== 2 estimate: tokens it will be charged ===========================================================================
 
 
@@ -1267,6 +1287,68 @@ def explain(error: Exception, reply: Reply) -> None:
         reply.hopeless = f"No secure connection: {error}. Check --request_url (https or http? the port?) and the clock."
 
 
+def unwrap_gateway(body: Any) -> tuple[Any, dict[str, Any], str]:
+    """The provider's reply inside a gateway's, the credits beside it, and "" or why there is no reply."""
+    beside = {name: value for name, value in only(dict, body).items() if name.startswith("credits")}
+    try:
+        return loads(body["raw"]), beside, ""
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return None, beside, f"the gateway answered without JSON in `raw`: {one_line(body)}"
+
+
+def assemble_stream(raw: bytes) -> tuple[dict[str, Any] | None, str]:
+    """The reply that a streamed chat would have been, or the error event in it; (None, why) if it broke off."""
+    for apart in (b"\n", b"\n\n"):  # an event is one line as all providers send it, but may be several
+        blocks = (re.findall(rb"(?m)^data:(.*)", block) for block in b"\n".join(raw.splitlines()).split(apart))
+        data = [text for text in (b"\n".join(block).strip() for block in blocks) if text not in (b"", b"[DONE]")]
+        with contextlib.suppress(ValueError):
+            events = [only(dict, loads(text, mend=True)) for text in data]
+            break
+    else:
+        return None, "the stream broke off within an event, or is none"
+    for event in events:
+        if event.get("error") or ("choices" not in event and any(map(event.get, ("message", "msg", "detail")))):
+            return event, ""
+    reply = only(dict, joined(events))
+    choices = only(list, reply.get("choices"))
+    if not choices or not all(only(dict, choice).get("finish_reason") for choice in choices):
+        return None, "the stream broke off before a finish reason"
+    for choice in choices:
+        said = {**only(dict, choice.get("message")), **only(dict, choice.pop("delta", None))}
+        choice["message"] = {"role": "assistant", "content": None, **said}
+        for call in only(list, choice["message"].get("tool_calls")):
+            only(dict, call).pop("index", None)
+    choices.sort(key=lambda choice: only(int, choice.get("index")))
+    usage = reply.get("usage") or only(dict, reply.get("x_groq")).get("usage") or choices[0].get("usage")  # Moonshot
+    return {**reply, "object": "chat.completion", "choices": choices, **({"usage": usage} if usage else {})}, ""
+
+
+def joined(values: list[Any], name: str = "", *, in_delta: bool = False) -> Any:
+    """The whole that values are pieces of: lists go on, texts in a delta too, of all else the last one counts."""
+    values = [value for value in values if value is not None]
+    kinds = {type(value) for value in values}
+    if kinds == {dict}:
+        names = dict.fromkeys(chain.from_iterable(values))
+        return {n: joined([v.get(n) for v in values], n, in_delta=in_delta or n == "delta") for n in names}
+    if kinds == {str} and in_delta and name not in ("id", "type", "role", "name", "format"):
+        return "".join(values)
+    if list not in kinds:
+        return next(filter(None, reversed(values)), values[0] if values else None)
+    items: dict[str, list[Any]] = {}  # the pieces of each item, by its index and what else tells it
+    newest: dict[str, Any] = {}  # what else tells the newest item of an index; the kind of the newest of all
+    texts = ([{"type": "text", "text": value}] if isinstance(value, str) and value else value for value in values)
+    for piece in chain.from_iterable(only(list, value) for value in texts):  # Mistral mixes texts and lists
+        part = only(dict, piece)
+        index, kind = part.get("index", 0 if name == "choices" else None), part.get("type")
+        own, new = index is not None and kind, kind != newest.get("kind") or kind not in ("text", "thinking")
+        if name == "tool_calls":  # Gemini numbers all of them 0, others none
+            own, new = part.get("id"), only(dict, part.get("function")).get("name")
+        mark = own or (len(items) if new and index is None else newest.get(str(index)))
+        newest |= {str(index): mark, "kind": kind}
+        items.setdefault(str((index, mark)), []).append(piece)
+    return [joined(pieces, in_delta=in_delta) for pieces in items.values()]
+
+
 def find_proxy(url: str, secrets: Secrets) -> str | None:
     """The proxy that the environment names for this URL; never one for this machine itself."""
     parts = urlsplit(url)
@@ -1397,6 +1479,22 @@ def one_line(value: Any) -> str:
 def only(kind: type[T], value: Any) -> T:
     """The value if it is of this kind, else an empty one."""
     return value if isinstance(value, kind) else kind()
+
+
+def likely_mistake(endpoint: Endpoint, verdict: Verdict, reply: Reply) -> str:
+    """What the user has probably done wrong, as a sentence; "" if nothing is known."""
+    provider, url = endpoint.provider, urlsplit(endpoint.url)
+    if verdict.kind == "no_money":
+        return "Top up, raise the spending limit or wait for the new quota, then start again: what is done is kept."
+    if verdict.kind == "auth":
+        owner = next((name for start, name in KEY_STARTS.items() if re.match(start, endpoint.key)), "")
+        looks = f"The key looks like one of {owner}. " if owner not in ("", provider.name) else ""
+        keys = " or ".join(provider.key_env)
+        return f"{looks}Check that the key ({keys}) is one of {provider.name} for this site and region: {url.hostname}."
+    missing = "model|deployment" if reply.status == 404 else MODEL_MISSING
+    if verdict.action is Action.FAIL and re.search(missing, f"{verdict.code} {verdict.message}", re.IGNORECASE):
+        return 'Check "model": the provider does not know it, or the key may not use it.'
+    return f"Check --request_url: {url.hostname} has nothing at {url.path}." if reply.status in (404, 405) else ""
 
 
 @lru_cache(9999)
@@ -2348,104 +2446,6 @@ def find_shape(path: str, provider: Provider) -> str:
             return shape
     known = " ".join(row.paths for row in SHAPES.values()).replace("*", "")
     raise UsageError(f"--request_url: {path or '/'} is no known endpoint of {provider.name}; known are {known}")
-
-
-def check_request(body: dict[str, Any], shape: str, provider: Provider) -> str:
-    """Why the endpoint cannot mean this request; "" if it can."""
-    row = SHAPES[shape]
-    need = row.needs[0] if row.needs[0] in body else next(filter(body.__contains__, row.needs), row.needs[0])
-    value: Any = body.get(need)
-    fits = isinstance(value, row.takes) and (value or value == "")
-    if not fits or (row.takes is list and not {dict}.issuperset(map(type, value))):
-        others = [r for r in SHAPES.values() if (r.needs, r.takes) != (row.needs, row.takes)]
-        fitting = (r for r in others if isinstance(found := body.get(r.needs[0]), r.takes) and found not in ([], {}))
-        other = next((other.paths.split()[0][1:] for other in fitting), "")
-        looks = f"; this looks like a request for {other}" if other else ""
-        wanted = {list: "a list of objects", dict: "an object"}.get(row.takes, "a text or a list")
-        return f'"{need}" is missing or not {wanted}{looks}'
-    barred = ("background", "webhook", "stream")[: 2 if shape == "chat" and provider.name != "json_gateway" else 3]
-    if name := next(filter(body.get, barred), ""):
-        return f'"{name}" cannot be used here, "stream" only in OpenAI-shaped chat requests; remove it'
-    known = body.get("model") or not provider.names_model or shape in ("gemini", "deepinfra", "moderations")
-    return "" if known else f'"model" is missing; {provider.name} needs it'
-
-
-def unwrap_gateway(body: Any) -> tuple[Any, dict[str, Any], str]:
-    """The provider's reply inside a gateway's, the credits beside it, and "" or why there is no reply."""
-    beside = {name: value for name, value in only(dict, body).items() if name.startswith("credits")}
-    try:
-        return loads(body["raw"]), beside, ""
-    except (KeyError, ValueError, TypeError, AttributeError):
-        return None, beside, f"the gateway answered without JSON in `raw`: {one_line(body)}"
-
-
-def assemble_stream(raw: bytes) -> tuple[dict[str, Any] | None, str]:
-    """The reply that a streamed chat would have been, or the error event in it; (None, why) if it broke off."""
-    for apart in (b"\n", b"\n\n"):  # an event is one line as all providers send it, but may be several
-        blocks = (re.findall(rb"(?m)^data:(.*)", block) for block in b"\n".join(raw.splitlines()).split(apart))
-        data = [text for text in (b"\n".join(block).strip() for block in blocks) if text not in (b"", b"[DONE]")]
-        with contextlib.suppress(ValueError):
-            events = [only(dict, loads(text, mend=True)) for text in data]
-            break
-    else:
-        return None, "the stream broke off within an event, or is none"
-    for event in events:
-        if event.get("error") or ("choices" not in event and any(map(event.get, ("message", "msg", "detail")))):
-            return event, ""
-    reply = only(dict, joined(events))
-    choices = only(list, reply.get("choices"))
-    if not choices or not all(only(dict, choice).get("finish_reason") for choice in choices):
-        return None, "the stream broke off before a finish reason"
-    for choice in choices:
-        said = {**only(dict, choice.get("message")), **only(dict, choice.pop("delta", None))}
-        choice["message"] = {"role": "assistant", "content": None, **said}
-        for call in only(list, choice["message"].get("tool_calls")):
-            only(dict, call).pop("index", None)
-    choices.sort(key=lambda choice: only(int, choice.get("index")))
-    usage = reply.get("usage") or only(dict, reply.get("x_groq")).get("usage") or choices[0].get("usage")  # Moonshot
-    return {**reply, "object": "chat.completion", "choices": choices, **({"usage": usage} if usage else {})}, ""
-
-
-def joined(values: list[Any], name: str = "", *, in_delta: bool = False) -> Any:
-    """The whole that values are pieces of: lists go on, texts in a delta too, of all else the last one counts."""
-    values = [value for value in values if value is not None]
-    kinds = {type(value) for value in values}
-    if kinds == {dict}:
-        names = dict.fromkeys(chain.from_iterable(values))
-        return {n: joined([v.get(n) for v in values], n, in_delta=in_delta or n == "delta") for n in names}
-    if kinds == {str} and in_delta and name not in ("id", "type", "role", "name", "format"):
-        return "".join(values)
-    if list not in kinds:
-        return next(filter(None, reversed(values)), values[0] if values else None)
-    items: dict[str, list[Any]] = {}  # the pieces of each item, by its index and what else tells it
-    newest: dict[str, Any] = {}  # what else tells the newest item of an index; the kind of the newest of all
-    texts = ([{"type": "text", "text": value}] if isinstance(value, str) and value else value for value in values)
-    for piece in chain.from_iterable(only(list, value) for value in texts):  # Mistral mixes texts and lists
-        part = only(dict, piece)
-        index, kind = part.get("index", 0 if name == "choices" else None), part.get("type")
-        own, new = index is not None and kind, kind != newest.get("kind") or kind not in ("text", "thinking")
-        if name == "tool_calls":  # Gemini numbers all of them 0, others none
-            own, new = part.get("id"), only(dict, part.get("function")).get("name")
-        mark = own or (len(items) if new and index is None else newest.get(str(index)))
-        newest |= {str(index): mark, "kind": kind}
-        items.setdefault(str((index, mark)), []).append(piece)
-    return [joined(pieces, in_delta=in_delta) for pieces in items.values()]
-
-
-def likely_mistake(endpoint: Endpoint, verdict: Verdict, reply: Reply) -> str:
-    """What the user has probably done wrong, as a sentence; "" if nothing is known."""
-    provider, url = endpoint.provider, urlsplit(endpoint.url)
-    if verdict.kind == "no_money":
-        return "Top up, raise the spending limit or wait for the new quota, then start again: what is done is kept."
-    if verdict.kind == "auth":
-        owner = next((name for start, name in KEY_STARTS.items() if re.match(start, endpoint.key)), "")
-        looks = f"The key looks like one of {owner}. " if owner not in ("", provider.name) else ""
-        keys = " or ".join(provider.key_env)
-        return f"{looks}Check that the key ({keys}) is one of {provider.name} for this site and region: {url.hostname}."
-    missing = "model|deployment" if reply.status == 404 else MODEL_MISSING
-    if verdict.action is Action.FAIL and re.search(missing, f"{verdict.code} {verdict.message}", re.IGNORECASE):
-        return 'Check "model": the provider does not know it, or the key may not use it.'
-    return f"Check --request_url: {url.hostname} has nothing at {url.path}." if reply.status in (404, 405) else ""
 
 
 if __name__ == "__main__":
