@@ -363,7 +363,7 @@ class Run:
         LOGGER.debug("line %d: %s %s", *(told := (request.line, *verdict[1:3])), extra={"failed_attempt": told})
         action, refused = verdict.action, verdict.action is Action.REFUSED
         mistake = likely_mistake(endpoint, verdict, reply)
-        wrong_url = action is Action.FAIL and reply.status in (404, 405) and "--request_url" in mistake
+        wrong_url = action is Action.FAIL and mistake.startswith(WRONG_URL)
         unheard = not self.tally.replies or (self.tally.replies == 1 and wrong_url)
         if action is Action.STOP or (unheard and (reply.hopeless or wrong_url)):
             self.leave_out(endpoint, reply.hopeless or verdict.message, mistake)
@@ -1390,7 +1390,7 @@ class Verdict(NamedTuple):
 
 
 DONE, OUTCOMES = Action.DONE, {Action.REFUSED: REFUSED, Action.RETRY: FAILED}
-ANSWERED = Verdict(DONE)
+ANSWERED, WRONG_URL = Verdict(DONE), "Check --request_url"  # starts an advice; a first reply that gets it stops the run
 # fmt: off
 ACTIONS = {kind: action for action, kinds in {  # what each kind of error asks for
     Action.RETRY: "connection timeout bad_reply server_error", Action.FAIL: "bad_request content_filter too_large",
@@ -1494,7 +1494,7 @@ def likely_mistake(endpoint: Endpoint, verdict: Verdict, reply: Reply) -> str:
     missing = "model|deployment" if reply.status == 404 else MODEL_MISSING
     if verdict.action is Action.FAIL and re.search(missing, f"{verdict.code} {verdict.message}", re.IGNORECASE):
         return 'Check "model": the provider does not know it, or the key may not use it.'
-    return f"Check --request_url: {url.hostname} has nothing at {url.path}." if reply.status in (404, 405) else ""
+    return f"{WRONG_URL}: {url.hostname} has nothing at {url.path}." if reply.status in (404, 405) else ""
 
 
 @lru_cache(9999)
