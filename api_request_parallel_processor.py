@@ -219,7 +219,7 @@ class Run:
     learned: LearnedTokens = field(default_factory=lambda: LearnedTokens())
     tally: Tally = field(default_factory=lambda: Tally())
     random: random.Random = field(default_factory=random.Random)
-    hand: Request | None = None  # the request at the head of the line
+    hand: Request | None = None  # the next one to start
     retries: list[tuple[float, int, Request]] = field(default_factory=list)  # a heap by when they are due
     limbo: dict[Request, Outage] = field(default_factory=dict)  # out of attempts: failed, unless that is an outage
     in_flight: dict[int, tuple[Request, asyncio.Task[None]]] = field(default_factory=dict)  # by line, oldest first
@@ -695,7 +695,7 @@ SIDES = re.compile(rb"(?s)^\x89PNG.{12}(....)(....)|\xff[\xc0-\xc2]\0.\x08(..)(.
 OPAQUE = re.compile(r"(?a)(?<![\w+/=-])(?=[a-zA-Z_+/=-]*\d)(?=[\d_+/=-]*[a-zA-Z])[\w+/=-]{40,}")  # in linear time
 PIECES = re.compile(r"([A-Za-z]+)|([0-9]{1,3})|([^\sA-Za-z0-9\x80-\U0010ffff]+)|(\n\s*)|([\x80-\U0010ffff])")
 PIECE_TOKENS = ((1.005, 0.116, 6), (1.049, 0, 3), (0.824, 0.084, 1), (0.795, 0, 0), (0.775, 0, 1))
-VOCABULARY_LOCK = threading.Lock()
+VOCABULARY_LOCK, MOST_TOKENS = threading.Lock(), 10**9  # of one request; a larger count cannot be true
 
 
 def estimate_tokens(body: Any, shape: str, count: Callable[[str], int]) -> Estimate:
@@ -916,7 +916,7 @@ class _Limit:
 
 
 class Pacer:
-    """Decides when the request at the head of the line may start.
+    """Decides when the next request may start.
 
     Budgets are ceilings for any minute; 0 = unknown. Within them the pace ramps up by time, without them by replies.
     A refusal lowers only the limit that best fits what was admitted; it is probed upward later, ever more rarely.
@@ -1415,7 +1415,7 @@ OWN_SIZE = re.compile(r"limit:? ?(\d{1,18})\b.{0,80}requested:? ?(\d{1,18})", re
 TRY_AGAIN = re.compile(r'(?:(?:again|retry) (?:in|after)|retryDelay":) ?"?((?:\d[\d.]* ?[a-z]+ ?)+)', re.IGNORECASE)
 NUMBER = re.compile(r"\d{1,13}(?:\.\d{1,9})?")
 DURATION = re.compile(rf"({NUMBER.pattern}) ?(ms|milli|[smhd]|$)[a-z]*[. ]*", re.IGNORECASE)
-SECONDS_IN = {"": 1.0, "ms": 0.001, "milli": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+UNIT_SECONDS = {"": 1.0, "ms": 0.001, "milli": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 OUTAGE_STREAK, PROBE_SECONDS = 10, (1.0, 5.0)  # requests in a row without an answer; between probes: at first, at most
 WORDS_READ, WORDS_KEPT, LONGEST_WAIT_SECONDS, LONGEST_RETRY_SECONDS, EPOCH = 6000, 1500, 600.0, 60.0, 10**9
 
@@ -1525,9 +1525,9 @@ def seconds_in(text: str, utc_now: float) -> float | None:
     """Seconds from now of "1.5", "6m0s", "350ms", an epoch time or a date; bounded, None if it is past."""
     try:
         if text and not DURATION.sub("", text):
-            seconds = sum(float(number) * SECONDS_IN[unit.lower()] for number, unit in DURATION.findall(text))
-            seconds = seconds / 1000 if seconds > EPOCH * 100 else seconds
-            seconds -= utc_now if seconds > EPOCH else 0
+            seconds = sum(float(number) * UNIT_SECONDS[unit.lower()] for number, unit in DURATION.findall(text))
+            seconds = seconds / 1000 if seconds > EPOCH * 100 else seconds  # milliseconds
+            seconds -= utc_now if seconds > EPOCH else 0  # nobody means to wait that long: it is a time
         else:
             date = datetime.fromisoformat(text) if text[:1].isdigit() else parsedate_to_datetime(text)
             seconds = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - utc_now
@@ -1551,7 +1551,7 @@ def count_in(usage: dict[str, Any], names: Iterable[str]) -> int:
     """Add up the counts of these names that are there and can be true."""
     total = 0
     for name in names:
-        if type(value := usage.get(name)) is int and 0 < value < EPOCH:
+        if type(value := usage.get(name)) is int and 0 < value < MOST_TOKENS:
             total += value
     return total
 
