@@ -1940,7 +1940,7 @@ class Reporter:
         used = map(sum, zip(*(endpoint.pacer.last_minute() for endpoint in run.endpoints), strict=True))
         for name, budget, amount in zip(("requests", "tokens"), total_budgets(run.endpoints), used, strict=True):
             words.append(f"{amount:,.0f}{f' of {budget:,.0f}' if budget else ''} {name}/min")
-        text = ", ".join(words) + (f", spent {tally.spent:,.4f}{expected_spend(run)}" if tally.spent else "")
+        text = ", ".join(words) + (f", spent {tally.spent:,.4f}{spend_forecast(run)}" if tally.spent else "")
         if self.live:
             from rich import console, progress_bar
 
@@ -1969,8 +1969,8 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def expected_spend(run: Run) -> str:
-    """What the whole file will have cost by the price of what is done."""
+def spend_forecast(run: Run) -> str:
+    """What the whole file will have cost by the price of what is done, in words; "" if that is not known."""
     done, total = run.tally.succeeded + run.tally.failed, run.reader.expected_total() - run.tally.finished_before
     return f" of about {run.tally.spent / done * total:,.4f}" if 0 < done < total < math.inf else ""
 
@@ -1978,27 +1978,27 @@ def expected_spend(run: Run) -> str:
 def summarize(run: Run) -> list[str]:
     """Say at the end what happened, where the results are and what to do next."""
     tally, minutes = run.tally, max(run.tally.seconds / 60, 1.0)
-    used = tally.calls, tally.prompt_tokens + tally.output_tokens
+    calls, tokens = tally.calls, tally.prompt_tokens + tally.output_tokens
     kinds = ", ".join(f"{times:,} {kind}" for kind, times in tally.kinds.most_common())
     cached = f" ({tally.cached_tokens:,} of them cached)" if tally.cached_tokens else ""
     lines: list[Any] = [  # what is false is left out
         f"{tally.succeeded:,} succeeded, {tally.failed:,} failed, {tally.finished_before:,} were finished before.",
-        used[0] and f"Calls: {used[0]:,} in {duration(tally.seconds)}, {tally.refused / used[0]:.1%} refused.",
+        calls and f"Calls: {calls:,} in {duration(tally.seconds)}, {tally.refused / calls:.1%} refused.",
         kinds and f"Attempts without success: {kinds}.",
         tally.answer_lost and f"Sent, answer lost (perhaps billed): {tally.answer_lost:,}.",
         tally.never_sent and f"Never sent: {tally.never_sent:,}.",
-        used[1] and f"Tokens: {tally.prompt_tokens:,} in{cached}, {tally.output_tokens:,} out.",
-        tally.spent and f"Spent: {tally.spent:,.4f}{expected_spend(run)}.",
+        tokens and f"Tokens: {tally.prompt_tokens:,} in{cached}, {tally.output_tokens:,} out.",
+        tally.spent and f"Spent: {tally.spent:,.4f}{spend_forecast(run)}.",
         0 < run.settings.max_cost < tally.spent and "Answers were longer than expected, hence more than --max_cost.",
         run.results.foreign and f"Kept: {run.results.foreign:,} results of requests that are not in the file any more.",
         run.results.unreadable and f"Set aside in {run.results.path}.unreadable: {run.results.unreadable:,} lines.",
     ]
-    for name, budget, amount in zip(("requests", "tokens"), total_budgets(run.endpoints), used, strict=True):
+    for name, budget, amount in zip(("requests", "tokens"), total_budgets(run.endpoints), (calls, tokens), strict=True):
         lines.append(budget and f"Budget of {budget:,.0f} {name} a minute: {amount / minutes / budget:.0%} used.")
     lines += [f"{endpoint.name}: {found}" for endpoint in run.endpoints if (found := endpoint.pacer.describe())]
     words = "{}: {:.2f} of the estimated input, {:.0f} output tokens on average".format
     lines += [words(model or "no model", seen[1] / seen[0], seen[3] / seen[2]) for model, seen in run.learned.items()]
-    if not (tally.calls or tally.failed or run.stopped_by):
+    if not (calls or tally.failed or run.stopped_by):
         lines.append("Nothing to do, all are finished; --restart starts afresh, another --save_filepath keeps both.")
     advice = "Failed lines hold their reasons. The same command tries them again; --save_details tells more."
     return [line for line in (*lines, f"Results: {run.results.path}", tally.failed and advice) if line]
