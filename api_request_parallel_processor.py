@@ -303,9 +303,9 @@ class Run:
         request.cost = cost = self.learned.cost(request.model, request.estimate or Estimate(0, 0))
         if self.settings.input_price or self.settings.output_price:
             expected, worst = (self.settings.price(cost.prompt, total - cost.prompt) for total in cost[:2])
-            request.price, spent = expected if request.model in self.learned else worst, self.tally.spent
-            least = request.price if self.in_flight else expected
-            if spent + self.expected_spend + least > (self.settings.max_cost or math.inf):
+            request.price = expected if request.model in self.learned else worst
+            least = request.price if self.in_flight else expected  # alone, also a request with a large cap may go
+            if (spent := self.tally.spent) + self.expected_spend + least > (self.settings.max_cost or math.inf):
                 if not self.in_flight:
                     self.stop("max_cost", f"Spent {spent:,.4f}, one more may exceed --max_cost. Raise it to go on.")
                 return self.endpoints[0], math.inf
@@ -526,8 +526,7 @@ class Reader:
         self.queue, place = queue.Queue[bytes](maxsize=256), file.fileno()
         self.size = os.fstat(place).st_size if os.path.isfile(place) else 0  # 0: read by the thread
         if not self.size:  # subtle: a file object of its own, since Python locks that of standard input when it ends
-            own = os.fdopen(os.dup(place), "rb")
-            threading.Thread(target=self._pump, args=(own,), daemon=True).start()
+            threading.Thread(target=self._pump, args=(os.fdopen(os.dup(place), "rb"),), daemon=True).start()
 
     def _pump(self, file: IO[bytes]) -> None:
         line = b"\n"
@@ -1600,9 +1599,9 @@ class Outage:
         return was_down and not self.down
 
     def delay(self, now: float) -> float:
-        """Seconds until the next probe: rarer the longer the provider is down."""
+        """Seconds until the next probe of a provider that is down: rarer the longer it is."""
         last, (least, most) = max(self.last_start, self.since), PROBE_SECONDS
-        return max(0.0, last + min(max((last - self.since) / 2, least), most) - now) if self.down else 0.0
+        return max(0.0, last + min(max((last - self.since) / 2, least), most) - now)
 
 
 # ==== 6 record: one line, written whole, once =========================================================================
@@ -1697,7 +1696,7 @@ def guard(path: Path, requests: Path) -> bool:
         "it is the request file too": path.is_file() and requests.exists() and path.samefile(requests),
         f"its first line is no result line: {str(first[:60])[2:-1]}": alien and not torn,
     }
-    for problem in (text for text, holds in problems.items() if holds):
+    if problem := next((text for text, holds in problems.items() if holds), ""):
         raise UsageError(f"Results file {path}: {problem}. Nothing was touched; or choose another --save_filepath.")
     return torn
 
@@ -2103,12 +2102,12 @@ def conclude(run: Run, began: float) -> Tally:
         run.results.finish(whole=not run.stopped_by, limited=run.settings.limit > 0)
     except ResultsLost as lost:
         run.stop("results", str(lost))
-    tally, run.tally.seconds = run.tally, time.monotonic() - began
-    tally.exit_code = 128 + run.signal if run.signal else 3 if run.stopped_by else 1 if tally.failed else 0
+    run.tally.seconds = time.monotonic() - began
+    run.tally.exit_code = 128 + run.signal if run.signal else 3 if run.stopped_by else 1 if run.tally.failed else 0
     run.reporter.close()
     for line in summarize(run):
         LOGGER.info("%s", line)
-    return tally
+    return run.tally
 
 
 def refuse_unfinished(settings: Settings, *, shards: bool = True) -> None:
@@ -2143,7 +2142,7 @@ def hear_signals(run: Run, stack: contextlib.AsyncExitStack) -> None:
 
 def each_endpoint(settings: Settings) -> Iterator[Settings]:
     """The settings of each endpoint: of the lines of --endpoints_filepath, else of each URL with its key."""
-    urls, keys, path = settings.request_url.split() or [""], settings.api_key_env.split() or [""], ""
+    urls, keys = settings.request_url.split() or [""], settings.api_key_env.split() or [""]
     if 1 < len(urls) != len(keys) > 1:
         raise UsageError("give as many --api_key_env as --request_url, or one of them for all")
     rows = [[urls[i % len(urls)], keys[i % len(keys)]] for i in range(max(len(urls), len(keys)))]
@@ -2245,22 +2244,21 @@ async def dry_run(settings: Settings, reader: Reader, endpoints: list[Endpoint])
         if request is None:
             await asyncio.sleep(0.01)
         elif request.problem:
-            tally.failed = tally.bad_lines = tally.bad_lines + 1
+            tally.bad_lines += 1
             print(request.problem)
         else:
             cost = learned.cost(request.model, reader.estimate(request))
-            tally.read += 1
             sums = models.setdefault(request.model, [0, 0, 0])
             sums[:] = sums[0] + 1, sums[1] + cost.prompt, sums[2] + cost.expected - cost.prompt
-    tally.prompt_tokens, tally.output_tokens = (sum(sums[i] for sums in models.values()) for i in (1, 2))
-    amounts, budgets = (tally.read, tally.prompt_tokens + tally.output_tokens), total_budgets(endpoints)
+    sendable, tally.prompt_tokens, tally.output_tokens = (sum(sums[i] for sums in models.values()) for i in range(3))
+    amounts, budgets = (sendable, tally.prompt_tokens + tally.output_tokens), total_budgets(endpoints)
     minutes = max(amount / (budget or math.inf) for amount, budget in zip(amounts, budgets, strict=True))
     takes = f"The limits given take {duration(minutes * 60)}" if any(budgets) else "No limits given: a run finds out"
-    print(f"{tally.read:,} requests can be sent, {tally.bad_lines:,} lines cannot.")
+    print(f"{sendable:,} requests can be sent, {tally.bad_lines:,} lines cannot.")
     print(f"About {tally.prompt_tokens:,} tokens in and {tally.output_tokens:,} out (a guess until replies tell).")
     limits = {f"{endpoint.provider.name} limits {endpoint.provider.limits}": 0 for endpoint in endpoints}
     print(f"{takes}; {'; '.join(limits)}.{expected_cost(settings, endpoints[0].url, models)}")
-    tally.read, tally.exit_code = tally.read + tally.bad_lines, int(tally.bad_lines > 0)
+    tally.read, tally.failed, tally.exit_code = sendable + tally.bad_lines, tally.bad_lines, int(tally.bad_lines > 0)
     return tally
 
 
