@@ -908,7 +908,7 @@ class _Limit:
     ceiling: float = PACE_FREE  # what may start in any minute
     level: float = 0.0  # what may start at once; below 0: wait
     held: int = 0  # started in the last minute
-    taken: int = 0  # started since the last refusal that taught something
+    taken: int = 0  # started since the last lesson: a refusal that taught something
 
     def settle(self, value: float, now: float, hold: float) -> None:
         self.value, self.hold, self.quiet_until, self.trail = max(value, 0.01), hold, now + hold, []
@@ -930,17 +930,19 @@ class Pacer:
         per_second: bool = False,
         concurrency_hint: int = 0,
     ) -> None:
-        self.in_flight, self.paused_until, self._most = 0, -math.inf, max_concurrent or math.inf
-        self._gap, self._slow_start, self._ramping = min_gap_seconds, True, not (per_second and requests_per_minute)
-        self._now = self._ticked = self._cut = self._mark_at = self._last = self._blamed = -math.inf
-        self._starts, self._capped, self._barren = deque[_Bin](), concurrency_hint > 0, 0
-        self._rates, self._window = (_Limit(), _Limit(), _Limit()), _Limit(concurrency_hint or PACE_FREE)
-        self._rates[0].value = PACE_FREE if requests_per_minute else 10.0
+        self.in_flight, self._most, self._starts = 0, max_concurrent or math.inf, deque[_Bin]()  # starts of a minute
+        self.paused_until = self._now = self._ticked = self._last = -math.inf  # the latest: time told, tick, start
+        self._gap, self._ramping = min_gap_seconds, not (per_second and requests_per_minute)  # ramping: until a refusal
+        self._slow_start, self._capped = True, concurrency_hint > 0  # no queue found yet; a cap in flight is suspected
+        self._rates = (_Limit(PACE_FREE if requests_per_minute else 10.0), _Limit(), _Limit())  # amounts as in Ticket
+        self._window = _Limit(concurrency_hint or PACE_FREE)  # on what is in flight
         self._bound: tuple[_Limit | None, _Limit | None] = (None, None)  # what binds since the last tick, and before it
         self._speed, self._base, self._peak = (0.0, 0), 0.0, 0.0  # replies a second, and in flight; see _watch_queue
-        self._since, self._latencies, self._replies, self._count = 0.0, 0.0, 0, 0
+        self._since, self._latencies, self._replies, self._count = 0.0, 0.0, 0, 0  # of what it measures at present
+        self._cut = self._blamed = self._mark_at = -math.inf  # last lesson, last one on the window, start of `taken`
+        self._barren, self._share, self._deaf_until = 0, 0.0, -math.inf  # refusals: barren in a row, share, deaf until
+        self._cuts, self._earlier = -2, [PACE_FREE] * 4  # lessons, and the limits before them; see _is_chance
         self._budgets = (requests_per_minute or PACE_FREE, tokens_per_minute or PACE_FREE)
-        self._share, self._cuts, self._deaf_until, self._earlier = 0.0, -2, -math.inf, [PACE_FREE] * 4
         self._believe(None, None)
 
     def set_budgets(self, requests_per_minute: float, tokens_per_minute: float, _now: float = 0.0) -> None:
@@ -1095,7 +1097,7 @@ class Pacer:
         """Lower the limit that explains a refusal; returns the seconds to pause if the server names none."""
         rates, bound, passed = self._rates, self._bound[0] or self._bound[1], max(0.0, ticket.at - self._mark_at)
         admitted = [PACE_EVEN * amount / (passed + 1) for amount in ticket.before]  # a second if its bucket was full
-        self._barren = self._barren + 1 if ticket.before[0] < 3 else 0
+        self._barren = self._barren + 1 if ticket.before[0] < 3 else 0  # refused though next to nothing was started
         index = rates.index(bound) if bound in rates else 0
         if self._ramping or (rates[index].value > 1e9 and not self._capped):
             self._ramping = False
