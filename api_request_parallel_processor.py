@@ -901,7 +901,7 @@ class _Limit:
 
     value: float = PACE_FREE
     top: float = PACE_FREE
-    hold: float = 1.0  # seconds until it may be raised again; longer each time that failed
+    quiet: float = 1.0  # seconds until it may be raised again; longer each time that failed
     quiet_until: float = 0.0
     trail: list[float] = field(default_factory=list)  # values before each step of this raise
     minute: float = PACE_FREE  # the budget: the user's, or a lower one that the server tells
@@ -910,8 +910,8 @@ class _Limit:
     held: int = 0  # started in the last minute
     taken: int = 0  # started since the last lesson: a refusal that taught something
 
-    def settle(self, value: float, now: float, hold: float) -> None:
-        self.value, self.hold, self.quiet_until, self.trail = max(value, 0.01), hold, now + hold, []
+    def settle(self, value: float, now: float, quiet: float) -> None:
+        self.value, self.quiet, self.quiet_until, self.trail = max(value, 0.01), quiet, now + quiet, []
 
 
 class Pacer:
@@ -968,20 +968,20 @@ class Pacer:
         for rate in self._rates:
             level, most = rate.level + rate.value * passed, rate.value * PACE_SLACK
             rate.level = level if level < most else most  # min() takes longer than all of this, and each start asks
-        self._now, passed, window, bound = now, now - self._ticked, self._window, self._bound[0]
+        self._now, since_tick, window, bound = now, now - self._ticked, self._window, self._bound[0]
         while starts and now - starts[0].last >= PACE_WINDOW:
             old = starts.popleft()
             for index, rate in enumerate(self._rates):
                 rate.held, old.held[index] = rate.held - old.held[index], 0
-        if passed < PACE_TICK:
+        if since_tick < PACE_TICK:
             return now
         for rate in self._rates[:2] if self._ramping and starts else ():
             most = 2000.0 if rate.minute == PACE_FREE > rate.value else PACE_FREE  # 10,000 in flight after some 8 s
-            rate.value = min(most, rate.value * 4 ** min(passed, 1.0))
+            rate.value = min(most, rate.value * 4 ** min(since_tick, 1.0))
         growing = self._capped if bound is window else not self._ramping
         if bound and growing and now >= bound.quiet_until and bound.value < bound.top:
             bound.trail.append(bound.value)
-            share = 0.01 * 2 ** min(5, max(1, len(bound.trail) - 20 * (bound.hold > 4)))  # gently after three failures
+            share = 0.01 * 2 ** min(5, max(1, len(bound.trail) - 20 * (bound.quiet > 4)))  # gently after three failures
             bound.value = min(bound.top, bound.value + max(bound is window, share * bound.value))
         self._ticked, self._bound = now, (None, bound)
         return now
@@ -1041,7 +1041,7 @@ class Pacer:
             elif ticket.at > self._cut:  # what started before a refusal was heard only prolongs the pause
                 pause, self._cut = self._learn(ticket, self._window, now), now
                 for rate in self._rates:
-                    rate.taken *= self._blamed == now
+                    rate.taken = rate.taken if self._blamed == now else 0  # it goes on if the window is to blame
             elif self._capped and self._window.quiet_until > now:
                 self._window.value = max(1.0, min(self._window.value, ticket.flight - 1.0))
             self.paused_until = max(self.paused_until, now + (min(asked, 900.0) if asked else pause))
@@ -1080,18 +1080,18 @@ class Pacer:
         base = self._base or mean
         if passed < (max(min(1.0, 40 * base**2), 2 * base) if slow_start else 3 * mean):
             return
-        (before, crowd), speed, bound = self._speed, self._replies / passed, window in self._bound
+        (before, crowd), speed, binds = self._speed, self._replies / passed, window in self._bound
         self._since, self._replies, self._count, self._latencies, self._speed = now, 0, 0, 0.0, (speed, flight)
-        queue = bound if self._capped else not slow_start or speed < 1.25 * before
+        queue = binds if self._capped else not slow_start or speed < 1.25 * before
         if self._peak and (speed < 0.8 * self._peak or window.value <= 2):  # drained too far; by Little's law:
             window.settle(max(2.0, 1.3 * window.value * self._peak / speed), now, 2.0)
             self._base, self._peak = mean, 0.0
-        elif mean > PACE_QUICK if self._peak else queue and mean > 2.5 * base and flight > 0.8 * crowd:
+        elif (mean > PACE_QUICK) if self._peak else (queue and mean > 2.5 * base and flight > 0.8 * crowd):
             self._peak, self._slow_start = max(self._peak, speed), False  # a queue: drain it until speed falls
             window.settle(max(1.0, min(0.6 * min(flight, window.value), 1.5 * speed * base)), now, 30.0)
         else:
             self._base, self._peak = min(base, mean), 0.0
-            window.value *= 1.4 if bound and mean < 1.5 * base and not (self._capped or slow_start) else 1
+            window.value *= 1.4 if binds and mean < 1.5 * base and not (self._capped or slow_start) else 1
 
     def _learn(self, ticket: Ticket, window: _Limit, now: float) -> float:
         """Lower the limit that explains a refusal; returns the seconds to pause if the server names none."""
@@ -1112,11 +1112,11 @@ class Pacer:
             rates[index].settle(even if share else min(even, admitted[index]), now, 1.0)
         elif self._capped and ticket.flight >= window.value and now - self._blamed > 3:
             self._blamed = now
-            window.settle(max(1.0, ticket.flight - 1.0), now, min(120.0, max(20.0, 2 * window.hold)))
+            window.settle(max(1.0, ticket.flight - 1.0), now, min(120.0, max(20.0, 2 * window.quiet)))
             return 0.0  # a reply will free the place
         elif raised := [(rate, least) for rate, least in zip(rates, admitted, strict=True) if rate.trail]:
             for rate, least in raised:  # not to the latest values, since a second's bucket hides an excess for a while
-                rate.settle(max(rate.trail[-9:][0], min(least, rate.value)), now, min(60.0, 2 * rate.hold))
+                rate.settle(max(rate.trail[-9:][0], min(least, rate.value)), now, min(60.0, 2 * rate.quiet))
             window.quiet_until = min(window.quiet_until, now + 1.0)  # if it was blamed just before, then wrongly
             return 0.5
         elif self._barren:
