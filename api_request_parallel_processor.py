@@ -201,7 +201,7 @@ class Settings:
 
 STARTS_PER_TURN, LINES_PER_TURN = 64, 1000  # started, or skipped as finished, before replies are looked at
 HELD_FOR_RETRY = 2000  # reading pauses while more requests than this wait to be tried again
-SAME_FAILURES, ERRORS_KEPT = 20, 50  # first replies that are hopeless for one reason: the file is wrong; per request
+SAME_FAILURES, ERRORS_KEPT = 20, 50  # when so many fail first for one reason, the file is wrong; per request
 CHECK_SECONDS, SHORTEST_WAIT = 1.0, 0.001  # between looks at the results file; of a sleep
 
 
@@ -225,7 +225,7 @@ class Run:
     in_flight: dict[int, tuple[Request, asyncio.Task[None]]] = field(default_factory=dict)  # by line, oldest first
     arrived: deque[tuple[Request, Endpoint, Ticket, Reply]] = field(default_factory=deque)
     trouble_since: float = math.inf  # first failure or refusal after the last success
-    first_failures: Counter[str] = field(default_factory=Counter)  # reasons of hopeless replies before any success
+    first_failures: Counter[str] = field(default_factory=Counter)  # why requests failed at once, before any success
     expected_spend: float = 0.0  # by what is in flight
     next_check: float = 0.0  # of the results file
     limits_problem: str = ""  # with the file of limits, told already
@@ -338,8 +338,8 @@ class Run:
         del self.in_flight[request.line]
         self.expected_spend -= request.price
         verdict, usage = judge(reply, endpoint.provider, endpoint.shape), read_usage(reply.body, endpoint.shape)
-        outcome = ACCEPTED if (action := verdict.action) is DONE else OUTCOMES.get(action, ACCEPTED)
-        charged = usage[0] + usage[1] if usage else 0 if outcome is REFUSED or not reply.sent else None
+        outcome = ACCEPTED if (action := verdict.action) is DONE else OUTCOMES.get(action, ACCEPTED)  # hashing is slow
+        charged = usage[0] + usage[1] if usage else 0 if outcome is REFUSED or not reply.sent else None  # not known
         endpoint.pacer.finish(ticket, outcome, now, charged, read_limits(reply, endpoint.provider, time.time()))
         self.tally.count(verdict, reply, usage)
         if self.settings.input_price or self.settings.output_price:
@@ -360,11 +360,11 @@ class Run:
 
     def take_failure(self, request: Request, endpoint: Endpoint, verdict: Verdict, reply: Reply, now: float) -> None:
         """Note a failed or refused attempt; then try again, give up the request, or stop a hopeless run."""
-        LOGGER.debug("line %d: %s %s", *(told := (request.line, *verdict[1:3])), extra={"failed_attempt": told})
-        action, refused = verdict.action, verdict.action is Action.REFUSED
-        mistake = likely_mistake(endpoint, verdict, reply)
+        action, told = verdict.action, (request.line, verdict.kind, verdict.message)
+        LOGGER.debug("line %d: %s %s", *told, extra={"failed_attempt": told})
+        refused, mistake = action is Action.REFUSED, likely_mistake(endpoint, verdict, reply)
         wrong_url = action is Action.FAIL and mistake.startswith(WRONG_URL)
-        unheard = not self.tally.replies or (self.tally.replies == 1 and wrong_url)
+        unheard = not self.tally.replies or (self.tally.replies == 1 and wrong_url)  # this one is counted already
         if action is Action.STOP or (unheard and (reply.hopeless or wrong_url)):
             self.leave_out(endpoint, reply.hopeless or verdict.message, mistake)
         if endpoint not in self.endpoints or self.stopped_by == "hopeless":  # untouched: another, or a later run asks
@@ -402,7 +402,7 @@ class Run:
     def try_again(self, request: Request, endpoint: Endpoint, verdict: Verdict, reply: Reply, now: float) -> None:
         """Back off after a passing failure. In an outage the attempt is excused, except for the last request left."""
         waiting = len(self.retries) + len(self.limbo) + (self.hand is not None)
-        left = waiting + len(self.in_flight) + 1 if self.reader.ended else math.inf
+        left = waiting + len(self.in_flight) + 1 if self.reader.ended else math.inf  # at the end too few for a streak
         if left > 1 and (not reply.status or reply.status >= 500):
             enough = max(2, waiting + 1) if self.reader.ended and reply.status in (0, 503) else OUTAGE_STREAK
             newest_first = (other for other, _ in reversed(self.in_flight.values()) if other.endpoint is endpoint)
@@ -413,9 +413,9 @@ class Run:
                     del self.limbo[other]
         tries = request.attempts - request.excused
         if tries < self.settings.max_attempts:
-            told = read_limits(reply, endpoint.provider, time.time()) or ServerLimits()
-            delay = max(retry_delay(tries, self.random), told.retry_after or 0.0)
-            heapq.heappush(self.retries, (now + delay * (not endpoint.outage.down), request.line, request))
+            limits = read_limits(reply, endpoint.provider, time.time()) or ServerLimits()
+            delay = max(retry_delay(tries, self.random), limits.retry_after or 0.0)
+            heapq.heappush(self.retries, (now if endpoint.outage.down else now + delay, request.line, request))
         elif left > 1:
             self.limbo[request] = endpoint.outage
         else:
@@ -548,7 +548,7 @@ class Reader:
             if raw.strip(BLANKS):  # blank lines count, but are skipped
                 break
         else:
-            self.ended = raw is not None
+            self.ended = raw is not None  # else there may be a next line later
             return None
         self.given += 1
         if len(raw) > LONG_LINE_BYTES:
@@ -1399,7 +1399,7 @@ ACTIONS = {kind: action for action, kinds in {  # what each kind of error asks f
 RULES = {  # what a whole code, type, status or message is like, in order; the provider's own rules come first
     "context_length_exceeded|model_not_found": "bad_request", r"content_(filter|policy)\w*": "content_filter",
     "http(401|403|407)": "auth", "http402": "no_money", "http429|slow_down": "rate_limit", "http3..": "redirect",
-    "http(408|409|425|498|499|5..)": "server_error", "http4..": "bad_request",  # below: under 200, only words tell
+    "http(408|409|425|498|499|5..)": "server_error", "http4..": "bad_request",  # below: with 200 only words tell
     r"(auth|permission)\w*": "auth", r"billing\w*": "no_money", r"(rate_limit|throttl)\w*": "rate_limit",
     r"(invalid|bad_)\w*": "bad_request", ".*": "server_error"}
 BLOCKED = set("content_filter sensitive refusal safety recitation blocklist prohibited_content spii other".split())
@@ -1441,7 +1441,7 @@ def judge(reply: Reply, provider: Provider, shape: str) -> Verdict:
 
 
 def look_inside(body: Any, answer: str) -> str | None:
-    """The kind of error of a reply under 200: "" if it is an answer, None if its error words have to tell."""
+    """The kind of error of a reply with status 200: "" if it is an answer, None if its error words have to tell."""
     if isinstance(body, list) and body and "error" not in only(dict, body[0]):
         return ""  # so do some servers of embeddings; Gemini puts a list around an error
     whole = only(dict, body)
@@ -1751,7 +1751,7 @@ class ResultsFile:
                 former = self.path.rename(self.path.with_suffix(f"{datetime.now(UTC):{STAMP}}"))
                 self.notices.append(f"The former results are kept as {former}.")
             self._file = stack.enter_context(open(self.path, "a+b", buffering=0, opener=PRIVATE))
-            self._size = self._old_size = self._read()
+            self._size = self._old_size = self._read()  # bytes that we know of, and those from before
             self.resumed = self._old_size > 0  # else nothing can be finished
             with contextlib.suppress(OSError):
                 self.path.chmod(0o600)
@@ -2342,7 +2342,7 @@ class Provider(NamedTuple):
     key_env: tuple[str, ...]  # environment variables with the key; the first that is set counts
     limits: str = "requests and tokens per minute"
     codes: Mapping[str, str] = {}  # like RULES, which come after them
-    auth: str = BEARER  # one that has its own shape wants this only there
+    auth: str = BEARER  # the header with the key; where a shape has the provider's name, on paths of that shape only
     per_second: bool = False  # the minute's limits are enforced in slices of a second
     concurrency: int = 0  # in flight at once, to start with; 0 = no such limit is known
     windows: Mapping[str, int] = {}  # of its headers in a minute, if not one; 0: by the day, which is no pace
