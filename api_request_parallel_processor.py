@@ -2114,16 +2114,16 @@ def conclude(run: Run, began: float) -> Tally:
 
 def refuse_unfinished(settings: Settings, *, shards: bool = True) -> None:
     """Refuse results of which the rest is elsewhere: with a provider's Batch API, or in the shards of a cluster run."""
-    path, told = os.path.realpath(settings.results_path), "batch jobs are open for these results: "
+    path = os.path.realpath(settings.results_path)
     ledger = Path(f"{path}.batch.json")
     try:
         listed = loads(ledger.read_bytes())["jobs"] if ledger.exists() else []
         jobs = [str(job.get("id") or job.get("name")) for job in listed if job.get("open")]
+        problem = f"batch jobs are open for these results: {', '.join(jobs[:3])}" if jobs else ""
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        jobs, told = [f"{ledger} cannot be read ({error})"], "batch jobs may be open for these results, but "
-    if jobs and not settings.ignore_batch:
-        told += ", ".join(jobs[:3])
-        raise UsageError(f"{told}. `python -m workflows.provider_batch run` collects them; --ignore_batch overrides")
+        problem = f"batch jobs may be open for these results, but {ledger} cannot be read ({error})"
+    if problem and not settings.ignore_batch:
+        raise UsageError(f"{problem}. `python -m workflows.provider_batch run` collects them; --ignore_batch overrides")
     if shards and Path(f"{path}.shards").is_dir():
         raise UsageError(f"{path}.shards holds results of a cluster: `python -m workflows.ray_cluster` goes on with it")
 
