@@ -1071,22 +1071,22 @@ class Pacer:
                 rate.value = rate.top  # without a budget replies are the clock from now on
             window.value = max(8.0, flight) if window.value == PACE_FREE else window.value
             window.value += 1.5 if flight >= window.value / 2 else 0
-        if slow_start or started >= self._since:
+        if slow_start or started >= self._since:  # else it began under another load
             self._count, self._latencies = self._count + 1, self._latencies + now - started
         passed = now - self._since
         if self._count < (8 if slow_start else 16 if flight < 32 else flight / 2) or passed < 2 * PACE_QUICK:
             return
         mean = max(PACE_QUICK, self._latencies / self._count)
-        base = self._base or mean
+        base = self._base or mean  # as without a queue
         if passed < (max(min(1.0, 40 * base**2), 2 * base) if slow_start else 3 * mean):
             return
-        (before, crowd), speed, binds = self._speed, self._replies / passed, window in self._bound
+        (before, flight_before), speed, binds = self._speed, self._replies / passed, window in self._bound
         self._since, self._replies, self._count, self._latencies, self._speed = now, 0, 0, 0.0, (speed, flight)
-        queue = binds if self._capped else not slow_start or speed < 1.25 * before
+        queue = binds if self._capped else not slow_start or speed < 1.25 * before  # more in flight, hardly faster
         if self._peak and (speed < 0.8 * self._peak or window.value <= 2):  # drained too far; by Little's law:
             window.settle(max(2.0, 1.3 * window.value * self._peak / speed), now, 2.0)
             self._base, self._peak = mean, 0.0
-        elif (mean > PACE_QUICK) if self._peak else (queue and mean > 2.5 * base and flight > 0.8 * crowd):
+        elif (mean > PACE_QUICK) if self._peak else (queue and mean > 2.5 * base and flight > 0.8 * flight_before):
             self._peak, self._slow_start = max(self._peak, speed), False  # a queue: drain it until speed falls
             window.settle(max(1.0, min(0.6 * min(flight, window.value), 1.5 * speed * base)), now, 30.0)
         else:
@@ -1171,7 +1171,7 @@ class Secrets(logging.Filter):
     patterns: tuple[re.Pattern[bytes], ...] = ()
 
     def add(self, text: str, *, always: bool = False) -> None:
-        """Look for this text from now on, however JSON and URLs write it; a short one `always`, as a whole word."""
+        """Look for this text from now on, however JSON and URLs write it; a short one as a word, and if `always`."""
         pattern = ""
         for sign in text:
             ways = (sign, f"\\{sign}", json.dumps(sign)[1:-1], f"\\u{ord(sign):04x}", quote(sign, safe=""))
@@ -1675,7 +1675,7 @@ def read_result(line: bytes) -> tuple[bytes, bool] | None:
 
 
 @contextlib.contextmanager
-def explained(kind: type[Exception], problem: str) -> Iterator[None]:
+def errors_as(kind: type[Exception], problem: str) -> Iterator[None]:
     """Turn an error of the file system into one that tells what to do."""
     try:
         yield
@@ -1719,7 +1719,7 @@ def locked(path: Path) -> Iterator[str]:
 
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samefile(path, file.fileno()):  # noqa: PTH121 - Path.samefile takes no descriptor
-                raise BlockingIOError
+                raise BlockingIOError  # it was removed meanwhile, a later file of this name may be locked
         except (BlockingIOError, FileNotFoundError, PermissionError):
             file.seek(0)
             busy = f"Process {file.read().strip() or '(starting)'} is writing these results (it holds {path})"
@@ -1744,7 +1744,7 @@ class ResultsFile:
         self._finished = [bytearray() for _ in range(BUCKETS)]  # identities end to end: a fifth of the size of a set
         self.failed: set[bytes] = set()  # requests with failed lines that this run did not come to
         self.queue = bytearray()  # whole lines, until they are flushed
-        with explained(UsageError, f"The results file {path} cannot be used"), contextlib.ExitStack() as stack:
+        with errors_as(UsageError, f"The results file {path} cannot be used"), contextlib.ExitStack() as stack:
             torn = guard(self.path, Path("/dev/stdin" if requests_path == "-" else requests_path))
             self.notices = list(filter(None, [stack.enter_context(locked(Path(f"{self.path}.lock")))]))
             if self.path.exists() and (restart or torn):
@@ -1799,7 +1799,7 @@ class ResultsFile:
 
     def flush(self) -> None:
         """Write the queued lines, each whole or not at all; after ResultsLost the rest is still queued."""
-        with explained(ResultsLost, f"{self.path} cannot be written"):
+        with errors_as(ResultsLost, f"{self.path} cannot be written"):
             if (end := self._file.seek(0, os.SEEK_END)) < self._size:
                 self.check()  # at once: behind the cut, a line would be glued to half of another
             self._size, done = end, 0
@@ -1821,7 +1821,7 @@ class ResultsFile:
         rescue = self.path.with_suffix(f".rescued{datetime.now(UTC):{STAMP}}")
         problem = f"{self.path} was {'truncated' if same else 'deleted or replaced'} by someone during the run"
         advice = f"cat '{rescue}' >> '{self.path}'" if same else f"mv '{rescue}' '{self.path}' (look what is there now)"
-        with explained(ResultsLost, f"{problem}, and {rescue} failed"), open(rescue, "xb", opener=PRIVATE) as copy:
+        with errors_as(ResultsLost, f"{problem}, and {rescue} failed"), open(rescue, "xb", opener=PRIVATE) as copy:
             copy.write(b"\n" if same else b"")  # subtle: the truncated file may end within a line
             self._file.seek(0, os.SEEK_END if same else os.SEEK_SET)
             shutil.copyfileobj(self._file, copy, BLOCK)
@@ -1831,7 +1831,7 @@ class ResultsFile:
 
     def finish(self, *, whole: bool, limited: bool = False) -> None:
         """End the run. whole: every request was read and has its line; limited: only those at the head were read."""
-        with self._held, explained(ResultsLost, f"Old failed lines could not be dropped from {self.path}, it is whole"):
+        with self._held, errors_as(ResultsLost, f"Old failed lines could not be dropped from {self.path}, it is whole"):
             self.flush()
             self.check()
             os.fsync(self._file.fileno())
