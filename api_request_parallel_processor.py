@@ -154,12 +154,12 @@ class Settings:
 
     @classmethod
     def of(cls, **given: Any) -> Settings:
-        """Settings of what a caller or a command line gives: None is the default, lists repeat, paths are texts."""
+        """Settings of what a caller or a command line gives: None is the default, a list repeats a flag."""
         for unknown in given.keys() - cls.__dataclass_fields__.keys():
             raise UsageError(f"unknown setting {unknown!r}; the fields of Settings are what there is")
-        told = {n: os.fspath(v) if isinstance(v, os.PathLike) else v for n, v in given.items() if v is not None}
-        lists = {n: [*map(str, v)] for n, v in told.items() if isinstance(v, list | tuple)}
-        return cls(**told | {n: tuple(v) if n == "request_header" else " ".join(v) for n, v in lists.items()})
+        given = {n: os.fspath(v) if isinstance(v, os.PathLike) else v for n, v in given.items() if v is not None}
+        lists = {n: [*map(str, v)] for n, v in given.items() if isinstance(v, list | tuple)}
+        return cls(**given | {n: tuple(v) if n == "request_header" else " ".join(v) for n, v in lists.items()})
 
     def check(self) -> None:
         """Refuse values that mean nothing."""
@@ -295,7 +295,7 @@ class Run:
                 LOGGER.warning("%s", request.problem)
                 request.errors.append({"attempt": 0, "kind": "bad_line", "status": None, "message": request.problem})
                 self.record(request)
-        self.reader.due = now
+        self.reader.due = now  # there are more lines, but replies come first
         return None
 
     def choose_endpoint(self, request: Request, now: float) -> tuple[Endpoint, float]:
@@ -454,8 +454,8 @@ class Run:
     def look_after(self, now: float) -> None:
         """End a run that was interrupted, or that had no success for long while something was tried."""
         if self.signal and not self.stopped_by:
-            told = "%s: nothing new is started; once more stops at once. The same command continues."
-            LOGGER.warning(told, signal.Signals(self.signal).name)
+            notice = "%s: nothing new is started; once more stops at once. The same command continues."
+            LOGGER.warning(notice, signal.Signals(self.signal).name)
             self.stop("signal")
         if not (self.hand or self.in_flight or self.retries):
             self.trouble_since = math.inf
@@ -1049,8 +1049,8 @@ class Pacer:
 
     def _is_chance(self, now: float) -> bool:
         """Whether refusals stay rare, but do not end however slow it goes: they are no news about the pace then."""
-        if self._share > PACE_CHANCE or now < self._deaf_until:
-            return self._share <= PACE_CHANCE
+        if (often := self._share > PACE_CHANCE) or now < self._deaf_until:
+            return not often
         limits = (*self._rates, self._window)
         if (proven := self._rates[0].taken > PACE_SERIES) or self._cuts < 0:  # at first there were but beliefs
             self._cuts, self._earlier = 0 if proven else self._cuts, [limit.value for limit in limits]
@@ -1138,8 +1138,8 @@ class Pacer:
         rate = limit.top if self._ramping or limit.value >= limit.top else [*limit.trail[-9:], limit.value][0]
         if self._capped and self._window in self._bound:
             return f"this server takes about {self._window.value:.0f} requests at once"
-        told = f"; you allowed {allowed:.3g}" if allowed < 1e9 else ""
-        return f"this server takes about {rate:.3g} requests a second{told}" if rate < min(1e9, 0.95 * allowed) else ""
+        more = f"; you allowed {allowed:.3g}" if allowed < 1e9 else ""
+        return f"this server takes about {rate:.3g} requests a second{more}" if rate < min(1e9, 0.95 * allowed) else ""
 
 
 # ==== 4 send: the only place that knows HTTP ==========================================================================
@@ -2049,7 +2049,7 @@ def complain(text: str) -> None:
 
 
 async def process_api_requests_from_file(requests_filepath: str | os.PathLike[str], **settings: Any) -> Tally:
-    """Process a request file; keyword arguments are the flags of the command line, None their default, lists repeat.
+    """Process a request file; keyword arguments are flags of the command line: None is the default, a list repeats one.
 
     Returns the tally, also of a run that stopped early. Raises UsageError. Installs no signal handlers.
     """
