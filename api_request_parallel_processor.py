@@ -1099,7 +1099,7 @@ class Pacer:
         admitted = [PACE_EVEN * amount / (passed + 1) for amount in ticket.before]  # a second if its bucket was full
         self._barren = self._barren + 1 if ticket.before[0] < 3 else 0  # refused though next to nothing was started
         index = rates.index(bound) if bound in rates else 0
-        if self._ramping or (rates[index].value > 1e9 and not self._capped):
+        if self._ramping or (rates[index].value > 1e9 and not self._capped):  # no limit is known yet
             self._ramping = False
             full = next((rate for rate in rates if 0.85 <= rate.held / rate.minute <= 1.2), None)
             for rate, budget in zip(rates, (*self._budgets, PACE_FREE), strict=True):
@@ -1107,10 +1107,10 @@ class Pacer:
             if full:  # a minute's budget, just used up
                 return self._starts[0].last + PACE_WINDOW - now
             fits = [(60 * speed / rate.minute, i) for i, (speed, rate) in enumerate(zip(admitted, rates, strict=True))]
-            share, index = min((fit for fit in fits if fit[0] >= 0.8), default=(0.0, 0))
+            share, index = min((fit for fit in fits if fit[0] >= 0.8), default=(0.0, 0))  # of the budget just reached
             even = PACE_EVEN * rates[index].minute / 60
             rates[index].settle(even if share else min(even, admitted[index]), now, 1.0)
-        elif self._capped and ticket.flight >= window.value and now - self._blamed > 3:
+        elif self._capped and ticket.flight >= window.value and now - self._blamed > 3:  # the window was full
             self._blamed = now
             window.settle(max(1.0, ticket.flight - 1.0), now, min(120.0, max(20.0, 2 * window.quiet)))
             return 0.0  # a reply will free the place
@@ -1119,7 +1119,7 @@ class Pacer:
                 rate.settle(max(rate.trail[-9:][0], min(least, rate.value)), now, min(60.0, 2 * rate.quiet))
             window.quiet_until = min(window.quiet_until, now + 1.0)  # if it was blamed just before, then wrongly
             return 0.5
-        elif self._barren:
+        elif self._barren:  # no rate is slow enough, so pause longer each time
             rates[index].settle(0.9 * rates[index].value, now, 2.0)
             return min(60.0, 1.3 ** min(16, self._barren))
         else:
