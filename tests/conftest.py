@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,15 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         if name.lower().endswith(("_proxy", "api_key", "_token")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+@pytest.fixture(autouse=True)
+def _own_logging_level() -> Iterator[None]:
+    """No test inherits the level that a run of the program within another test has set."""
+    logger = logging.getLogger("api_request_parallel_processor")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
