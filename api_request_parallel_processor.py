@@ -643,7 +643,7 @@ def check_request(body: dict[str, Any], shape: str, provider: Provider) -> str:
         looks = f"; this looks like a request for {other}" if other else ""
         wanted = {list: "a list of objects", dict: "an object"}.get(row.takes, "a text or a list")
         return f'"{need}" is missing or not {wanted}{looks}'
-    barred = ("background", "webhook", "stream")[: 2 if shape == "chat" and provider.name != "json_gateway" else 3]
+    barred = ("background", "webhook", "stream")[: 2 if shape == "chat" and provider.auth else 3]
     if name := next(filter(body.get, barred), ""):
         return f'"{name}" cannot be used here, "stream" only in OpenAI-shaped chat requests; remove it'
     known = body.get("model") or not provider.names_model or shape in ("gemini", "deepinfra", "moderations")
@@ -945,7 +945,7 @@ class Pacer:
         self._budgets = (requests_per_minute or PACE_FREE, tokens_per_minute or PACE_FREE)
         self._believe(None, None)
 
-    def set_budgets(self, requests_per_minute: float, tokens_per_minute: float, _now: float = 0.0) -> None:
+    def set_budgets(self, requests_per_minute: float, tokens_per_minute: float) -> None:
         """Change the ceilings during a run."""
         self._budgets = (requests_per_minute or PACE_FREE, tokens_per_minute or PACE_FREE)
         self._believe(*self._told)
@@ -1224,7 +1224,7 @@ class Endpoint:
 
     async def send(self, body: dict[str, Any]) -> Reply:
         """Send one attempt and read the whole reply. Raises nothing, except when it is cancelled."""
-        if self.provider.name == "json_gateway":
+        if not self.provider.auth:
             body = {"username": self.key, "request": dumps(body).decode()}
         elif body.get("stream") is True and self.provider.asks_usage:  # the user's line stays
             body = {**body, "stream_options": {"include_usage": True, **only(dict, body.get("stream_options"))}}
@@ -1270,7 +1270,7 @@ class Endpoint:
                 reply.failure = "connection" if reply.body is None else ""
         if 300 <= reply.status < 400:
             reply.headers = {"Location": self.secrets.redact(reply.headers.get("Location", "nowhere"))}
-        elif self.provider.name == "json_gateway" and reply.status == 200:
+        elif not self.provider.auth and reply.status == 200:
             reply.body, reply.details, reply.message = unwrap_gateway(reply.body)
             reply.failure = "bad_reply" if reply.message else ""
 
@@ -2208,8 +2208,8 @@ def make_endpoint(settings: Settings, secrets: Secrets) -> Endpoint:
     if not (key.isascii() and key.isprintable()):
         raise UsageError(f"the key from {source} holds characters that no key has, a line break perhaps: copy it again")
     LOGGER.info("%s: %s", host, f"key from {source}" if key else "no key")
-    secrets.add(key, always=provider.name == "json_gateway")  # a user name, which may be short
-    if 0 < len(key) < SHORTEST_SECRET and provider.name != "json_gateway":
+    secrets.add(key, always=not provider.auth)  # a user name, which may be short
+    if 0 < len(key) < SHORTEST_SECRET and provider.auth:
         LOGGER.warning("The key is shorter than %d characters: it is not searched for in replies.", SHORTEST_SECRET)
     headers = {"Content-Type": "application/json", "User-Agent": f"api_request_parallel_processor/{__version__}"}
     headers |= provider.auth_headers(key)
@@ -2342,7 +2342,7 @@ class Provider(NamedTuple):
     key_env: tuple[str, ...]  # environment variables with the key; the first that is set counts
     limits: str = "requests and tokens per minute"
     codes: Mapping[str, str] = {}  # like RULES, which come after them
-    auth: str = BEARER  # the header with the key; where a shape has the provider's name, on paths of that shape only
+    auth: str = BEARER  # the header with the key, if a shape has this name only there; "": a gateway, the key is a user
     per_second: bool = False  # the minute's limits are enforced in slices of a second
     concurrency: int = 0  # in flight at once, to start with; 0 = no such limit is known
     windows: Mapping[str, int] = {}  # of its headers in a minute, if not one; 0: by the day, which is no pace

@@ -321,7 +321,7 @@ def test_budgets_may_change_during_a_run() -> None:
         now = run_until(pacer, ONE, now)
         pacer.start(ONE, now)
     assert pacer.delay(ONE, now + 10) > 0
-    pacer.set_budgets(1000, 0, now + 10)
+    pacer.set_budgets(1000, 0)
     assert run_until(pacer, ONE, now + 10) < now + 11
 
 

@@ -169,7 +169,7 @@ class ShownPacer(Pacer):
     state = BudgetState()
     change: Callable[[float, float], object] | None = None
 
-    def set_budgets(self, requests_per_minute: float, tokens_per_minute: float, _now: float = 0.0) -> None:
+    def set_budgets(self, requests_per_minute: float, tokens_per_minute: float) -> None:
         """Change the ceilings during a run."""
         if self.change:
             self.change(requests_per_minute, tokens_per_minute)
