@@ -442,8 +442,8 @@ def test_two_signals_in_one_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             self.signal, self.force = signal.SIGINT, True
 
     monkeypatch.setattr(Run, "wait", wait_until_two_signals_come)
-    slow = Options(latency=0.0, statuses=[fails("002.", fault="hang")])
-    second = play(tmp_path, [*chats(3), *chats(9)[5:]], slow)
+    options = Options(latency=0.0, statuses=[fails("002.", fault="hang")])
+    second = play(tmp_path, [*chats(3), *chats(9)[5:]], options)
     assert second.tally.succeeded > 0
     assert len(second.lines) == 3 + second.tally.succeeded
     assert not succeeded(second.by_id[2])

@@ -396,20 +396,30 @@ def fake_pythons(folder: Path, script: str) -> str:
     return f"{folder}:{os.environ['PATH']}"
 
 
-def test_an_old_python_is_named(probed: Path) -> None:
-    """Without a new enough Python the message tells which one was found and where to get another."""
-    shutil.rmtree(probed / ".venv")
-    done = run(probed, PATH=fake_pythons(probed / "bin", 'case $1 in -V) echo "Python 3.8.1" ;; *) exit 1 ;; esac'))
-    assert done.returncode == 2
-    assert "needs Python 3.11 or newer, found Python 3.8.1" in done.stderr
+UNFIT_PYTHONS = {  # what a machine's python does, and the words that lead on
+    "an old one": (
+        'case $1 in -V) echo "Python 3.8.1" ;; *) exit 1 ;; esac',
+        "needs Python 3.11 or newer, found Python 3.8.1",
+    ),
+    "none, without what the shell says": (
+        "echo 'python3: not found' >&2; exit 127",
+        "needs Python 3.11 or newer, found none",
+    ),
+    "Debian's, without ensurepip": (
+        "case $2 in *ensurepip*) exit 1 ;; *) exit 0 ;; esac",
+        "sudo apt install python3-venv",
+    ),
+}
 
 
-def test_no_python_is_told_plainly(probed: Path) -> None:
-    """Where there is none at all, the message says so, rather than repeating what the shell says."""
+@pytest.mark.parametrize("name", UNFIT_PYTHONS)
+def test_an_unfit_python_is_named(probed: Path, name: str) -> None:
+    """Where no environment can be made, the message tells which Python was found and what to do."""
+    script, words = UNFIT_PYTHONS[name]
     shutil.rmtree(probed / ".venv")
-    done = run(probed, PATH=fake_pythons(probed / "bin", "echo 'python3: not found' >&2; exit 127"))
+    done = run(probed, PATH=fake_pythons(probed / "bin", script))
     assert done.returncode == 2
-    assert "needs Python 3.11 or newer, found none" in done.stderr
+    assert words in done.stderr
 
 
 def test_a_place_without_room_for_packages_names_the_way_out(probed: Path) -> None:
@@ -419,14 +429,6 @@ def test_a_place_without_room_for_packages_names_the_way_out(probed: Path) -> No
     done = run(probed)
     assert done.returncode == 2
     assert "VENV_DIR=" in done.stderr
-
-
-def test_a_python_without_venv_names_the_package(probed: Path) -> None:
-    """Debian's Python without ensurepip leads to the command that completes it."""
-    shutil.rmtree(probed / ".venv")
-    done = run(probed, PATH=fake_pythons(probed / "bin", "case $2 in *ensurepip*) exit 1 ;; *) exit 0 ;; esac"))
-    assert done.returncode == 2
-    assert "sudo apt install python3-venv" in done.stderr
 
 
 def test_an_installation_that_fails_names_a_mirror_and_is_tried_again(probed: Path) -> None:
